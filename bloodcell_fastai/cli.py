@@ -1,0 +1,184 @@
+"""The ``bloodcell`` commands: the door to the library, with no logic of its own.
+
+torch and fastai take seconds to import, so every command imports what it needs when it runs.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from .config import Config
+from .errors import BloodcellError, usage_error
+from .reporter import Reporter
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+DEFAULTS = Config()
+
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="Kaggle zip, a folder with one sub-folder per class, or 'demo'."),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fine-tune MaxViT-nano on blood-cell photographs, and know how good it really is."""
+
+
+@app.command()
+def fit(
+    data: Data = None,
+    epochs: Annotated[int, typer.Option(help="Epochs in all, the frozen ones included.")] = 20,
+    split: Annotated[str, typer.Option(help="photo, official or random.")] = DEFAULTS.split,
+    arch: Annotated[str, typer.Option(help="Any architecture of timm.")] = DEFAULTS.arch,
+    weights: Annotated[str, typer.Option(help="auto, imagenet, none or a file.")] = "auto",
+    size: Annotated[int, typer.Option(help="Side of the input, in pixels.")] = DEFAULTS.size,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
+    lr: Annotated[str, typer.Option(help="Maximum learning rate, or auto: lr_find.")] = "1e-3",
+    wd: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULTS.wd,
+    freeze_epochs: Annotated[
+        int, typer.Option(help="Epochs that train the head alone; -1: 1 if pretrained.")
+    ] = DEFAULTS.freeze_epochs,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Of the loss, 0 to 1.")
+    ] = DEFAULTS.label_smoothing,
+    mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0: none.")] = DEFAULTS.mixup,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many epochs without progress; 0: never.")
+    ] = DEFAULTS.patience,
+    flip: Annotated[bool, typer.Option(help="Flip both ways.")] = DEFAULTS.flip,
+    rotate: Annotated[float, typer.Option(help="Rotate by up to so many degrees.")] = 180.0,
+    zoom: Annotated[float, typer.Option(help="Zoom by up to this factor.")] = DEFAULTS.zoom,
+    warp: Annotated[float, typer.Option(help="Strength of the perspective.")] = DEFAULTS.warp,
+    lighting: Annotated[
+        float, typer.Option(help="Strength of brightness and contrast.")
+    ] = DEFAULTS.lighting,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
+    workers: Annotated[int, typer.Option(help="Loading processes; -1: by the machine.")] = -1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    name: Annotated[str | None, typer.Option(help="Name of the run; the time if left out.")] = None,
+    runs: Runs = Path("runs"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --name, or the newest unfinished run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the plan, print it with the time, stop.")
+    ] = False,
+) -> None:
+    """Train a model and keep its best epoch."""
+    from .training import workflow
+
+    if resume:
+        workflow.resume(runs, name, reporter=TerminalReporter())
+        return
+    config = Config(
+        data=data or "",
+        split=split,
+        arch=arch,
+        weights=weights,
+        size=size,
+        epochs=epochs,
+        freeze_epochs=freeze_epochs,
+        batch_size=batch_size,
+        lr=_learning_rate(lr),
+        wd=wd,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        patience=patience,
+        seed=seed,
+        flip=flip,
+        rotate=rotate,
+        zoom=zoom,
+        warp=warp,
+        lighting=lighting,
+        workers=workers,
+        device=device,
+    )
+    workflow.train(config, runs, name, dry_run=dry_run, reporter=TerminalReporter())
+
+
+class TerminalReporter(Reporter):
+    """Lines, framed warnings and a progress bar, as far as the output is a terminal."""
+
+    def __init__(self):
+        self._progress, self._task, self._what = None, None, ""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        console.print(text)
+
+    def warn(self, text: str) -> None:
+        """Print a frame that cannot be missed."""
+        errors.print(Panel(text, title="WARNING", border_style="bold yellow", style="bold"))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show a bar for ``what`` until it is done; nothing where there is no terminal."""
+        if not console.is_terminal:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._progress.add_task(what, total=total)
+            self._progress.start()
+        self._progress.update(self._task, completed=done)
+        if done >= total:
+            self._progress.stop()
+            self._progress = None
+
+
+def _learning_rate(text: str) -> float:
+    """The number in ``--lr``; 0, which the config reads as "find it", for ``auto``."""
+    if text == "auto":
+        return 0.0
+    try:
+        if (value := float(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise usage_error(f"lr is {text!r}.", "Give --lr auto or a number above 0, such as 1e-3.")
+
+
+def main() -> None:
+    """Run the command line; a BloodcellError becomes two lines and an exit code."""
+    # fastai and torch warn about their own insides, which a user can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except BloodcellError as error:
+        if debug:
+            raise
+        errors.print(Text(f"Error: {error.message}", style="bold red"))
+        if error.hint:
+            errors.print(Text(f"Hint:  {error.hint}"))
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Every choice of a run in one place: checked when made, saved as JSON beside the results."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+from .errors import BloodcellError, usage_error
+from .files import write_json
+
+DEFAULT_ARCH = "maxvit_nano_rw_256.sw_in1k"
+SPLITS = ("photo", "official", "random")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of a run and what they were resolved to.
+
+    Options carry fastai's names where fastai has one. ``lr`` is the maximum learning rate of
+    the one-cycle schedule, 0 to find it with ``lr_find``. ``epochs`` counts all epochs; the
+    first ``freeze_epochs`` of them train the head alone (-1: one if the weights are
+    pretrained, else none). ``patience`` 0 means no early stopping, ``mixup`` 0 no mixup.
+    ``rotate`` is in degrees; ``zoom``, ``warp`` and ``lighting`` are fastai's ``max_zoom``,
+    ``max_warp`` and ``max_lighting``. ``workers`` -1 leaves the number of loading processes to
+    the machine.
+
+    The fields from ``classes`` on are filled in by the run itself.
+
+    Raises:
+        BloodcellError: a value is out of range; the message names the field.
+    """
+
+    data: str = ""
+    split: str = "photo"
+    arch: str = DEFAULT_ARCH
+    weights: str = "auto"
+    size: int = 256
+    epochs: int = 20
+    freeze_epochs: int = -1
+    batch_size: int = 64
+    lr: float = 1e-3
+    wd: float = 0.01
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    patience: int = 0
+    seed: int = 42
+    flip: bool = True
+    rotate: float = 180.0
+    zoom: float = 1.1
+    warp: float = 0.1
+    lighting: float = 0.2
+    workers: int = -1
+    device: str = "auto"
+
+    classes: tuple[str, ...] = ()
+    pretrained: bool = False
+    weights_used: str = ""
+    versions: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name, low, high in _RANGES:
+            _check_range(name, getattr(self, name), low, high)
+        if self.split not in SPLITS:
+            raise usage_error(f"split is {self.split!r}.", f"Use one of: {', '.join(SPLITS)}.")
+        if self.freeze_epochs >= self.epochs:
+            raise usage_error(
+                f"freeze_epochs ({self.freeze_epochs}) leaves nothing of {self.epochs} epochs.",
+                "Use more --epochs or fewer --freeze-epochs.",
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the config to ``path`` as JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Read a config that :meth:`save` wrote.
+
+        Raises:
+            BloodcellError: the file is missing, is not JSON, or a field is unknown or of the
+                wrong type.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BloodcellError(f"{path} is missing.", "Is this the folder of a run?") from None
+        except ValueError as error:
+            raise BloodcellError(f"{path} is not JSON: {error}.", "Was it edited?") from None
+        if not isinstance(values, dict):
+            raise BloodcellError(f"{path} holds no table of options.", "Was it edited?")
+        return cls(**{name: _typed(name, value, path) for name, value in values.items()})
+
+
+_RANGES = (
+    ("size", 32, 4096),
+    ("epochs", 1, 100_000),
+    ("freeze_epochs", -1, 100_000),
+    ("batch_size", 1, 65_536),
+    ("lr", 0, 10),
+    ("wd", 0, 10),
+    ("label_smoothing", 0, 0.99),
+    ("mixup", 0, 10),
+    ("patience", 0, 100_000),
+    ("seed", 0, 2**32 - 1),
+    ("rotate", 0, 180),
+    ("zoom", 1, 10),
+    ("warp", 0, 1),
+    ("lighting", 0, 0.99),
+    ("workers", -1, 1024),
+)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        option = "--" + name.replace("_", "-")
+        raise usage_error(
+            f"{name} is {value}, which makes no sense.", f"Give {option} from {low} to {high}."
+        )
+
+
+def _typed(name: str, value: object, path: Path) -> object:
+    """``value`` if it has the type of the field ``name``; JSON lists become tuples."""
+    if name not in {field.name for field in fields(Config)}:
+        raise BloodcellError(f"{path}: unknown option {name!r}.", "Was it edited?")
+    expected = get_type_hints(Config)[name]
+    if expected == tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif type(value) is expected or (expected is float and type(value) is int):
+        return value
+    raise BloodcellError(f"{path}: {name} has the wrong type: {value!r}.", "Was it edited?")

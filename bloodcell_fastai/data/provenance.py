@@ -1,0 +1,752 @@
+"""Which photograph each image is a copy of, found from the pixels.
+
+Copies that were rotated, sheared, shifted, mirrored and shrunk share no hash, but they share
+local features. The steps, each from the literature:
+
+1. **Features.** SIFT keypoints of the green channel (Lowe, IJCV 2004), the channel a blood stain
+   absorbs most, with RootSIFT descriptors (Arandjelović and Zisserman, CVPR 2012). Black corners
+   left by an augmentation contribute none.
+2. **Candidates.** Descriptors become visual words and images vote for images that share rare
+   words (Sivic and Zisserman, ICCV 2003). The words are the cells of two small codebooks, an
+   inverted multi-index (Babenko and Lempitsky, CVPR 2012). A mirror image is a re-ordering of the
+   descriptor, so mirrored copies cost a second look-up and no second detection.
+3. **Verification.** The few best candidates are compared: mutually nearest descriptors, an affine
+   map by RANSAC (Fischler and Bolles, CACM 1981), and the correlation of the two pictures once one
+   is warped onto the other. Features can agree by chance or because of a printed scale bar; whole
+   pictures cannot.
+4. **Groups.** Verified links join images. A weak link joins two groups only with a second witness
+   on each side, so that one bad link cannot chain strangers together.
+
+Labels are never looked at. The answer depends neither on the number of workers, nor on the names
+and the order of the files.
+
+**Cost.** Reading and detection grow linearly with the images and take most of the time (about
+20 ms of one core each); so do verification (a fixed number of comparisons of 0.5 ms for each image)
+and memory (about 50 kB an image). Only the vote compares everything with everything: 1 ms an image
+at 10,000 images, growing with the images, which makes it quadratic. A million images would need
+features kept on disk, a vocabulary of millions of words, so that a word is found in few images
+whatever their number, and the vote on a GPU or by an index such as FAISS. Neither the verification
+nor the grouping would change.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+from ..files import atomic_path
+
+Progress = Callable[[int, int, str], None]
+
+COLUMNS = ["path", "original", "photo", "inliers", "margin"]
+KAGGLE_TABLE = Path(__file__).with_name("kaggle_photos.csv.xz")
+
+# Images are compared at this length of their longer side, in pixels. It is the size of Kaggle's
+# copies; larger images are shrunk to it.
+_SIDE = 320
+_FEATURES = 250
+_DARK = 24  # a pixel is black when no channel exceeds this; JPEG leaves black corners a little grey
+_RIM = 13  # features nearer to a black corner than half of this, in pixels, describe its edge
+_DESCRIPTOR_SCALE = 512  # RootSIFT values, below 0.5 in practice, are kept as bytes
+
+# On the real set, strangers never passed 8 inliers, and two photographs that overlap by a fifth
+# still correlate at 0.89.
+_MIN_INLIERS = 10
+_STRONG_INLIERS = 25
+_MIN_AGREEMENT = 0.8
+_MIN_COVER = 0.1
+# An augmented copy shows nothing that its original does not: real copies lie at least 98.9 %
+# inside it, while another photograph of the field is usually shifted.
+_COPY_COVER = 0.97
+_RANSAC_PIXELS = 3.0
+
+_CANDIDATES = 8
+_MANY_CANDIDATES = 60  # where the first ones do not explain an image, or overlaps are small
+_ROUNDS = 4
+
+
+class _Features(NamedTuple):
+    """What is kept of an image: about 50 kB."""
+
+    points: np.ndarray  # (n, 2) float32, x and y in pixels of the image shrunk to _SIDE
+    descriptors: np.ndarray  # (n, 128) uint8, RootSIFT times _DESCRIPTOR_SCALE
+    small: np.ndarray  # (h, w) uint8, green channel at half of that size; 0 in black corners
+    width: int  # of the shrunk image
+    scale: float  # shrunk size over file size
+
+
+class _Fit(NamedTuple):
+    """How image a lies on image b."""
+
+    inliers: int  # matches that agree on one affine map; 0 where the map is absurd
+    agreement: float  # correlation of the pictures where they overlap, -1 to 1
+    cover: float  # share of a, without its black corners, that lies inside b
+    points_a: np.ndarray  # (inliers, 2) float32
+    points_b: np.ndarray  # (inliers, 2) float32
+
+    @property
+    def verified(self) -> bool:
+        return (
+            self.inliers >= _MIN_INLIERS
+            and self.agreement >= _MIN_AGREEMENT
+            and self.cover >= _MIN_COVER
+        )
+
+    @property
+    def is_copy(self) -> bool:
+        return self.verified and self.cover >= _COPY_COVER
+
+
+class _Link(NamedTuple):
+    """One comparison: image a with image b."""
+
+    a: int
+    b: int
+    inliers: int
+    verified: bool
+
+
+# ---------------------------------------------------------------------------------------------
+# Public functions
+# ---------------------------------------------------------------------------------------------
+
+
+def find_photos(
+    paths: Sequence[Path],
+    originals: Sequence[Path] = (),
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Find the photograph behind every image.
+
+    Args:
+        paths: image files, in any format OpenCV reads.
+        originals: the photographs the images may be copies of, where there are any.
+        workers: threads; all cores when None. The result does not depend on it.
+        progress: called from this thread with (done, total, stage), for a progress bar.
+
+    Returns:
+        One row per path, in the given order:
+        ``path``, as given;
+        ``original``, name (stem) of the original; ``missing-0001`` and so on where none of the
+        originals fits; ``photo-0001`` and so on where no originals were given;
+        ``photo``, the field, which is the unit of independence: photographs that overlap have
+        the same one, named after the first of them;
+        ``inliers``, features that agree with the original, or with the closest sibling;
+        ``margin``, inliers over those of the runner-up: the next best original, or the closest
+        image of another group. Both are 0 where an image stands alone.
+        An unreadable file stands alone. Byte-identical files belong together.
+    """
+    with _engine(workers, progress) as engine:
+        images = _Collection([Path(path) for path in paths], engine, "reading images")
+        if originals:
+            answer = _against_originals(images, [Path(path) for path in originals], engine)
+        else:
+            answer = _among_themselves(images, engine)
+    return pd.DataFrame({"path": list(paths)} | answer)[COLUMNS]
+
+
+def known_photos(paths: Sequence[Path], table: Path = KAGGLE_TABLE) -> pd.DataFrame:
+    """Look images up in a finished table, by the hash of their bytes, whatever their names.
+
+    Returns the rows of :func:`find_photos` for those paths that the table knows, perhaps none.
+    """
+    known = pd.read_csv(table, dtype={"digest": str, "original": str, "photo": str})
+    digests = pd.DataFrame({"path": list(paths), "digest": [_digest(path) for path in paths]})
+    return digests.merge(known, on="digest", how="inner")[COLUMNS]
+
+
+def write_known_photos(found: pd.DataFrame, table: Path = KAGGLE_TABLE) -> None:
+    """Write a result of :func:`find_photos` as a table for :func:`known_photos`."""
+    rows = found.assign(digest=[_digest(path) for path in found["path"]]).drop(columns="path")
+    rows = rows[rows["digest"] != ""].drop_duplicates("digest").sort_values("digest")
+    columns = ["digest", *COLUMNS[1:]]
+    with atomic_path(table) as part:
+        rows[columns].to_csv(part, index=False, compression="xz")
+
+
+def pair_scores(found: Iterable, truth: Iterable) -> tuple[float, float]:
+    """Precision and recall, 0 to 1, of sibling pairs: two images said to be of one photograph.
+
+    Args:
+        found, truth: a group id for each image, in the same order. No pairs count as 1.0.
+
+    Pairs are counted from the sizes of groups, in time linear in the images.
+    """
+    table = pd.DataFrame({"found": list(found), "truth": list(truth)})
+    both = _pairs(table.groupby(["found", "truth"]).size())
+    said = _pairs(table.groupby("found").size())
+    true = _pairs(table.groupby("truth").size())
+    return (both / said if said else 1.0), (both / true if true else 1.0)
+
+
+def match_pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Points that show the same thing in two images, one perhaps a mirror image of the other.
+
+    Returns two arrays (n, 2) of float32, x and y in pixels of the files; n is 0 where the images
+    do not match. Meant for drawing.
+    """
+    features = [_read(path) for path in (a, b)]
+    nothing = np.zeros((0, 2), np.float32)
+    if None in features:
+        return nothing, nothing
+    first, second = features
+    mirrored = _mirror(first)
+    straight, flipped = _fit(first, second), _fit(mirrored, second)
+    fit = max(straight, flipped, key=lambda fit: fit.inliers)
+    if not fit.verified:
+        return nothing, nothing
+    points = _mirror_points(fit.points_a, first.width) if fit is flipped else fit.points_a
+    return points / first.scale, fit.points_b / second.scale
+
+
+# ---------------------------------------------------------------------------------------------
+# The two ways to an answer
+# ---------------------------------------------------------------------------------------------
+
+
+def _against_originals(images: "_Collection", originals: list[Path], engine: "_Engine") -> dict:
+    """Assign each image to an original; group among themselves those that none explains."""
+    names = _unique_names(originals)
+    photos = _Collection(originals, engine, "reading originals")
+    photo_names = [names[first] for first in photos.first]
+    index = _Index(photos.features, engine)
+    best, inliers, margin = _assign(images.features, photos.features, index, engine)
+
+    # Originals and unexplained images are linked in one go: that gives the fields, the groups of
+    # the missing originals, and which of those belong to a field.
+    stray = np.flatnonzero(best < 0)
+    together = photos.features + [images.features[i] for i in stray]
+    # Photographs of one field may share no more than a strip, hence many candidates.
+    links = _link(together, _MANY_CANDIDATES, engine)
+    n = len(photos.features)
+    fields = _join_originals(_group(len(together), links), links, n)
+    stray_links = [
+        _Link(link.a - n, link.b - n, link.inliers, link.verified)
+        for link in links
+        if link.a >= n and link.b >= n
+    ]
+    stray_groups = _group(len(stray), stray_links)
+    inliers[stray], margin[stray] = _support(stray_groups, stray_links)
+
+    original_of = np.empty(len(best), object)
+    original_of[best >= 0] = [photo_names[k] for k in best[best >= 0]]
+    missing = _number(stray_groups, [images.first[i] for i in stray], "missing")
+    original_of[stray] = missing
+
+    field_of = best.copy()
+    field_of[stray] = np.arange(n, n + len(stray))
+    field_names: dict[int, str] = {}
+    # An original gives the field its name before a missing one does.
+    for k in [*np.argsort(photo_names), *range(n, n + len(stray))]:
+        field_names.setdefault(fields[k], photo_names[k] if k < n else missing[k - n])
+    photo_of = np.array([field_names[fields[k]] for k in field_of], object)
+    return images.spread(original=original_of, photo=photo_of, inliers=inliers, margin=margin)
+
+
+def _among_themselves(images: "_Collection", engine: "_Engine") -> dict:
+    """Group images by their links alone."""
+    links = _link(images.features, _CANDIDATES, engine)
+    groups = _group(len(images.features), links)
+    inliers, margin = _support(groups, links)
+    photo = np.array(_number(groups, images.first, "photo"), object)
+    return images.spread(original=photo, photo=photo, inliers=inliers, margin=margin)
+
+
+def _assign(
+    images: list[_Features], originals: list[_Features], index: "_Index", engine: "_Engine"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each image: number of its original (-1 for none), inliers, margin to the runner-up."""
+    best = np.full(len(images), -1)
+    inliers = np.zeros(len(images), int)
+    margin = np.zeros(len(images), int)
+    todo = np.arange(len(images))
+    for count in (_CANDIDATES, _MANY_CANDIDATES):
+        queries = [images[i] for i in todo]
+        candidates = index.candidates(index.words(queries), count, "searching originals")
+        tasks = list(zip(queries, candidates, strict=True))
+        choose = partial(_choose, originals=originals)
+        found = list(engine.map(choose, tasks, "comparing with originals"))
+        best[todo], inliers[todo], margin[todo] = np.array(found, int).reshape(-1, 3).T
+        todo = np.flatnonzero(best < 0)
+    return best, inliers, margin
+
+
+def _choose(task: tuple, originals: list[_Features]) -> tuple[int, int, int]:
+    """The original of one image among its candidates, with inliers and margin."""
+    image, candidates = task
+    fits = [
+        (k, _fit(_mirror(image) if mirrored else image, originals[k])) for k, mirrored in candidates
+    ]
+    copies = [(k, fit) for k, fit in fits if fit.is_copy]
+    if not copies:
+        return -1, 0, 0
+    # Two photographs of one field tie in inliers, give or take a few. The pictures tell them
+    # apart: only the true original correlates fully once it is warped onto the copy.
+    most = max(fit.inliers for _, fit in copies)
+    k, fit = max((c for c in copies if c[1].inliers >= most / 2), key=lambda c: c[1].agreement)
+    runner_up = max((other.inliers for j, other in fits if j != k), default=0)
+    return k, fit.inliers, fit.inliers - runner_up
+
+
+# ---------------------------------------------------------------------------------------------
+# Links and groups
+# ---------------------------------------------------------------------------------------------
+
+
+def _link(images: list[_Features], count: int, engine: "_Engine") -> list[_Link]:
+    """Compare each image with its best candidates, then again with those of other groups.
+
+    An image has up to hundreds of siblings, which fill the first list of candidates. The later
+    rounds look beyond the group found so far, until no groups join.
+
+    Args:
+        count: candidates of an image in a round.
+    """
+    index = _Index(images, engine)
+    words = index.words(images)
+    links: dict[tuple[int, int, bool], _Link] = {}
+    groups = np.arange(len(images))
+    for turn in range(1, _ROUNDS + 1):
+        stage = f"comparing images, round {turn}"
+        found = index.candidates(words, count, f"searching, round {turn}", groups)
+        tasks = {
+            (min(a, b), max(a, b), mirrored)
+            for a, candidates in enumerate(found)
+            for b, mirrored in candidates
+        }
+        tasks = sorted(tasks - links.keys())
+        compare = partial(_compare, images=images)
+        links |= zip(tasks, engine.map(compare, tasks, stage), strict=True)
+        before, groups = groups, _group(len(images), list(links.values()))
+        if len(np.unique(groups)) == len(np.unique(before)):
+            break
+    return list(links.values())
+
+
+def _compare(task: tuple[int, int, bool], images: list[_Features]) -> _Link:
+    a, b, mirrored = task
+    fit = _fit(_mirror(images[a]) if mirrored else images[a], images[b])
+    return _Link(a, b, fit.inliers, fit.verified)
+
+
+def _group(count: int, links: list[_Link]) -> np.ndarray:
+    """Number the group of each image, (count,) int.
+
+    Strong links join at once. Weak ones join two groups when they touch two images on each side
+    (or all of a smaller group). All groups are judged before any is joined, and then again, so
+    that the order of the links does not matter.
+    """
+    links = [link for link in links if link.verified]
+    ends = np.array([(link.a, link.b) for link in links], int).reshape(-1, 2)
+    strong = np.array([link.inliers >= _STRONG_INLIERS for link in links], bool)
+    groups = _components(count, ends[strong])
+    while True:
+        joins = _witnessed(groups, ends[~strong])
+        if not len(joins):
+            return groups
+        groups = _components(groups.max() + 1, joins)[groups]
+
+
+def _join_originals(groups: np.ndarray, links: list[_Link], n: int) -> np.ndarray:
+    """Join also the first n images by any verified link.
+
+    Each field has but one or two originals, so that no second witness can be asked for.
+    """
+    ends = [(link.a, link.b) for link in links if link.verified and link.b < n]
+    joins = groups[np.array(ends, int).reshape(-1, 2)]
+    return _components(groups.max() + 1, joins)[groups]
+
+
+def _witnessed(groups: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Pairs of groups, (m, 2) int, that enough of the links between images join."""
+    sides = groups[ends]
+    between = sides[:, 0] != sides[:, 1]
+    ends, sides = ends[between], sides[between]
+    swap = sides[:, 0] > sides[:, 1]
+    ends[swap], sides[swap] = ends[swap, ::-1], sides[swap, ::-1]
+    table = pd.DataFrame(np.hstack([sides, ends]), columns=["left", "right", "a", "b"])
+    seen = table.groupby(["left", "right"])[["a", "b"]].nunique().reset_index()
+    needed = np.minimum(np.bincount(groups), 2)
+    enough = (seen["a"] >= needed[seen["left"]]) & (seen["b"] >= needed[seen["right"]])
+    return seen.loc[enough, ["left", "right"]].to_numpy()
+
+
+def _components(count: int, ends: np.ndarray) -> np.ndarray:
+    graph = sparse.coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), (count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def _support(groups: np.ndarray, links: list[_Link]) -> tuple[np.ndarray, np.ndarray]:
+    """For each image: inliers of its best link in the group, and how far none outside reaches."""
+    inside = np.zeros(len(groups), int)
+    outside = np.zeros(len(groups), int)
+    for link in links:
+        best = inside if groups[link.a] == groups[link.b] else outside
+        for end in (link.a, link.b):
+            best[end] = max(best[end], link.inliers)
+    return inside, np.where(inside > 0, inside - outside, 0)
+
+
+def _number(groups: np.ndarray, first: list[int], word: str) -> list[str]:
+    """Names such as photo-0001 for groups, in the order their first file was given."""
+    numbers: dict[int, int] = {}
+    for i in np.argsort(first):
+        numbers.setdefault(groups[i], len(numbers) + 1)
+    return [f"{word}-{numbers[group]:04d}" for group in groups]
+
+
+def _pairs(sizes: pd.Series) -> int:
+    return int((sizes * (sizes - 1) // 2).sum())
+
+
+# ---------------------------------------------------------------------------------------------
+# One image, two images
+# ---------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> _Features | None:
+    """Features of an image file; None where it cannot be read."""
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):  # cv2.error: the file is empty
+        return None
+    return None if image is None else _detect(image)
+
+
+def _detect(image: np.ndarray) -> _Features:
+    """Features of an image, (h, w, 3) uint8 BGR."""
+    scale = min(1.0, _SIDE / max(image.shape[:2]))
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    shown = _without_corners(image)
+    green = image[:, :, 1]
+    # Half of the usual contrast threshold: out-of-focus smears have few sharp features.
+    sift = cv2.SIFT_create(nfeatures=_FEATURES, contrastThreshold=0.02)
+    inner = cv2.erode(shown, np.ones((_RIM, _RIM), np.uint8))
+    keypoints, descriptors = sift.detectAndCompute(green, inner)
+    if not keypoints:
+        descriptors = np.zeros((0, 128), np.float32)
+    total = descriptors.sum(axis=1, keepdims=True)
+    root = np.sqrt(descriptors / np.maximum(total, 1)) * _DESCRIPTOR_SCALE
+    half = (max(1, green.shape[1] // 2), max(1, green.shape[0] // 2))
+    small = cv2.resize(np.maximum(green, 1), half, interpolation=cv2.INTER_AREA)
+    small[cv2.resize(shown, half, interpolation=cv2.INTER_AREA) == 0] = 0
+    return _Features(
+        points=np.array([point.pt for point in keypoints], np.float32).reshape(-1, 2),
+        descriptors=np.minimum(np.rint(root), 255).astype(np.uint8),
+        small=small,
+        width=green.shape[1],
+        scale=scale,
+    )
+
+
+def _without_corners(image: np.ndarray) -> np.ndarray:
+    """Mask, (h, w) uint8, that is 0 in near-black regions which touch the border."""
+    dark = (image.max(axis=2) <= _DARK).astype(np.uint8)
+    count, regions = cv2.connectedComponents(dark, connectivity=4)
+    shown = np.ones(count, np.uint8)
+    for edge in (regions[0], regions[-1], regions[:, 0], regions[:, -1]):
+        shown[edge] = 0
+    shown[0] = 1  # everything that is not dark
+    return shown[regions]
+
+
+def _mirror_order() -> np.ndarray:
+    """Order, (128,) int, in which a descriptor describes the mirror image.
+
+    A descriptor holds 4 rows of 4 cells with 8 directions each, in the frame of the keypoint's own
+    direction, which mirroring turns along with it: rows swap, directions change sign.
+    """
+    cells = np.arange(128).reshape(4, 4, 8)
+    return cells[::-1][:, :, -np.arange(8) % 8].ravel()
+
+
+_MIRROR_ORDER = _mirror_order()
+
+
+def _mirror(image: _Features) -> _Features:
+    """Features of the image flipped left to right; a vertical flip is that and half a turn."""
+    return image._replace(
+        points=_mirror_points(image.points, image.width),
+        descriptors=image.descriptors[:, _MIRROR_ORDER],
+        small=np.ascontiguousarray(image.small[:, ::-1]),
+    )
+
+
+def _mirror_points(points: np.ndarray, width: int) -> np.ndarray:
+    return np.stack([width - 1 - points[:, 0], points[:, 1]], axis=1)
+
+
+def _fit(a: _Features, b: _Features) -> _Fit:
+    """Lay image a on image b by an affine map."""
+    points_a, points_b = _mutual_matches(a, b)
+    nothing = _Fit(0, 0.0, 0.0, points_a[:0], points_b[:0])
+    if len(points_a) < 4:
+        return nothing
+    affine, good = cv2.estimateAffine2D(
+        points_a, points_b, ransacReprojThreshold=_RANSAC_PIXELS, maxIters=500
+    )
+    if affine is None or not _plausible(affine[:, :2]):
+        return nothing
+    good = good.ravel() > 0
+    points_a, points_b = points_a[good], points_b[good]
+    # SIFT gives one place several keypoints where its direction is unclear: they count once.
+    inliers = min(len(np.unique(np.floor(points), axis=0)) for points in (points_a, points_b))
+    if inliers < _MIN_INLIERS:
+        return _Fit(inliers, 0.0, 0.0, points_a, points_b)
+    return _Fit(inliers, *_agreement(a.small, b.small, affine), points_a, points_b)
+
+
+def _mutual_matches(a: _Features, b: _Features) -> tuple[np.ndarray, np.ndarray]:
+    """Points whose descriptors are each other's nearest."""
+    if not len(a.points) or not len(b.points):
+        return a.points[:0], b.points[:0]
+    similarity = a.descriptors.astype(np.float32) @ b.descriptors.astype(np.float32).T
+    to_b, to_a = similarity.argmax(axis=1), similarity.argmax(axis=0)
+    mutual = np.flatnonzero(to_a[to_b] == np.arange(len(to_b)))
+    return a.points[mutual], b.points[to_b[mutual]]
+
+
+def _plausible(linear: np.ndarray) -> bool:
+    """Whether an augmentation could do that: no mirroring, at most threefold, little squeezing."""
+    large, little = np.linalg.svd(linear, compute_uv=False)
+    return bool(np.linalg.det(linear) > 0 and little > 1 / 3 and large < 3 and large < 2 * little)
+
+
+def _agreement(a: np.ndarray, b: np.ndarray, affine: np.ndarray) -> tuple[float, float]:
+    """Correlation of two pictures once b is warped onto a, and the share of a that b covers.
+
+    Correlation is the residual of the warp, freed from differences of brightness and contrast.
+
+    Args:
+        a, b: (h, w) uint8, 0 where there is no picture; half the size ``affine`` is for.
+        affine: (2, 3), from pixels of a to pixels of b.
+    """
+    # Centres of the halved pixels lie at 2x + 0.5 of the full grid.
+    shift = affine[:, :2] @ [0.5, 0.5] + affine[:, 2] - 0.5
+    halved = np.column_stack([affine[:, :2], shift / 2])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    warped = cv2.warpAffine(b, halved, a.shape[::-1], flags=flags)
+    overlap = ((a > 0) & (warped > 0)).astype(np.uint8)
+    area = np.count_nonzero(a)
+    # The rim of the overlap is a mixture with what lies outside.
+    inner = cv2.erode(overlap, np.ones((3, 3), np.uint8)) > 0
+    if not inner.any():
+        return 0.0, 0.0
+    x, y = (picture[inner].astype(np.float32) for picture in (a, warped))
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / np.sqrt((x @ x) * (y @ y) + 1e-6)), float(overlap.sum() / area)
+
+
+# ---------------------------------------------------------------------------------------------
+# Candidates
+# ---------------------------------------------------------------------------------------------
+
+
+class _Words(NamedTuple):
+    """Visual words of images: sparse matrices (images, words) of 0 and 1."""
+
+    straight: sparse.csr_matrix
+    mirrored: sparse.csr_matrix
+
+
+class _Index:
+    """Finds the images that share rare visual words with a query."""
+
+    _BLOCK = 128  # images at a time; fixed, since rounding may depend on it
+    _SAMPLE = 60_000  # descriptors that the codebooks are learned from
+    _CODES = 256  # of each of the two codebooks
+
+    def __init__(self, images: list[_Features], engine: "_Engine"):
+        self.engine = engine
+        self._learn(images)
+        words = self.words(images).straight
+        frequency = np.bincount(words.indices, minlength=words.shape[1])
+        rarity = np.log(1 + len(images) / np.maximum(frequency, 1)).astype(np.float32) ** 2
+        length = np.sqrt(words @ rarity)
+        scaled = sparse.diags(1 / np.maximum(length, 1e-6)) @ words @ sparse.diags(rarity)
+        self.votes = scaled.T.tocsr().astype(np.float32)  # (words, images)
+
+    def words(self, images: list[_Features]) -> _Words:
+        """Words of any images, to be looked up."""
+        blocks = [images[i : i + self._BLOCK] for i in range(0, len(images), self._BLOCK)]
+        found = list(self.engine.map(self._block_words, blocks, "indexing"))
+        nothing = sparse.csr_matrix((0, self._CODES**2), dtype=np.float32)
+        parts = ([nothing, *(block[side] for block in found)] for side in (0, 1))
+        return _Words(*(sparse.vstack(part).tocsr() for part in parts))
+
+    def candidates(
+        self, words: _Words, count: int, stage: str, groups: np.ndarray | None = None
+    ) -> list[list[tuple[int, bool]]]:
+        """For each query the best images, best first, each with whether it would be mirrored.
+
+        Args:
+            words: of the queries.
+            groups: (images,) int, where the queries are the images themselves: candidates come
+                from other groups than the query's own.
+        """
+        starts = range(0, words.straight.shape[0], self._BLOCK)
+        search = partial(self._search, words=words, count=count, groups=groups)
+        return [found for block in self.engine.map(search, starts, stage) for found in block]
+
+    def _search(
+        self, start: int, words: _Words, count: int, groups: np.ndarray | None
+    ) -> list[list[tuple[int, bool]]]:
+        block = slice(start, start + self._BLOCK)
+        straight, mirrored = ((part[block] @ self.votes).toarray() for part in words)
+        if groups is not None:
+            own = groups[block, None] == groups
+            straight[own] = mirrored[own] = 0
+        score = np.hstack([straight, mirrored])
+        best = np.argsort(-score, axis=1, kind="stable")[:, :count]
+        images = self.votes.shape[1]
+        return [
+            [(int(k) % images, bool(k >= images)) for k in row if score[i, k] > 0]
+            for i, row in enumerate(best)
+        ]
+
+    def _learn(self, images: list[_Features]) -> None:
+        """Two codebooks, each on its share of the principal components of the descriptors."""
+        total = sum(len(image.descriptors) for image in images)
+        # Images come in the order of their hashes: every k-th is a random sample.
+        step = max(1, total // self._SAMPLE)
+        sample = np.concatenate(
+            [np.zeros((0, 128), np.uint8)] + [image.descriptors for image in images[::step]]
+        ).astype(np.float32)
+        self.codebooks = []
+        if not len(sample):
+            return
+        self.mean = sample.mean(axis=0)
+        _, axes = np.linalg.eigh(np.cov(sample - self.mean, rowvar=False, bias=True))
+        axes = axes[:, ::-1].astype(np.float32)  # strongest first
+        for columns in (np.r_[0:48:4, 3:48:4], np.r_[1:48:4, 2:48:4]):  # two equal shares
+            projected = (sample - self.mean) @ axes[:, columns]
+            codes = min(self._CODES, len(np.unique(projected, axis=0)))
+            means = KMeans(codes, n_init=1, max_iter=15, random_state=0).fit(projected)
+            self.codebooks.append((axes[:, columns], means.cluster_centers_.astype(np.float32)))
+
+    def _block_words(self, images: list[_Features]) -> _Words:
+        descriptors = np.concatenate([image.descriptors for image in images])
+        rows = np.repeat(np.arange(len(images)), [len(image.descriptors) for image in images])
+        parts = []
+        for described in (descriptors, descriptors[:, _MIRROR_ORDER]):
+            occurs = np.ones(len(rows), np.float32)
+            place = (rows, self._quantise(described))
+            matrix = sparse.csr_matrix((occurs, place), (len(images), self._CODES**2))
+            matrix.data[:] = 1  # a word that occurs twice was added up
+            parts.append(matrix)
+        return _Words(*parts)
+
+    def _quantise(self, descriptors: np.ndarray) -> np.ndarray:
+        """Word of each descriptor, (n, 128) uint8 -> (n,) int."""
+        words = np.zeros(len(descriptors), int)
+        for axes, codes in self.codebooks:
+            projected = (descriptors.astype(np.float32) - self.mean) @ axes
+            nearness = projected @ codes.T - (codes**2).sum(axis=1) / 2
+            words = words * self._CODES + nearness.argmax(axis=1)
+        return words
+
+
+# ---------------------------------------------------------------------------------------------
+# Files and threads
+# ---------------------------------------------------------------------------------------------
+
+
+class _Collection:
+    """The different readable images among some files.
+
+    Files are taken in the order of their hashes, so that neither names nor order have a say.
+
+    Attributes:
+        features: one for each different content.
+        first: for each of them the position of the first file that has it.
+    """
+
+    def __init__(self, paths: list[Path], engine: "_Engine", stage: str):
+        by_digest: dict[str, list[int]] = {}
+        for i, path in enumerate(paths):
+            # A file that cannot be opened is like no other.
+            by_digest.setdefault(_digest(path) or f"unreadable {i}", []).append(i)
+        digests = sorted(by_digest)
+        files = [paths[by_digest[digest][0]] for digest in digests]
+        read = list(engine.map(_read, files, stage))
+        self.features, self.positions = [], []
+        for digest, features in zip(digests, read, strict=True):
+            if features is not None:
+                self.features.append(features)
+                self.positions.append(by_digest[digest])
+            else:
+                # Nothing is known of a file that is no image, not even if another equals it.
+                for i in by_digest[digest]:
+                    self.features.append(_detect(np.zeros((1, 1, 3), np.uint8)))
+                    self.positions.append([i])
+        self.first = [positions[0] for positions in self.positions]
+        self.count = len(paths)
+
+    def spread(self, **columns: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns by image content -> columns by file."""
+        content = np.empty(self.count, int)
+        for k, positions in enumerate(self.positions):
+            content[positions] = k
+        return {name: values[content] for name, values in columns.items()}
+
+
+def _digest(path: Path) -> str:
+    """Hash of a file's bytes, 16 hexadecimal digits; empty if the file cannot be read."""
+    try:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+    except OSError:
+        return ""
+
+
+def _unique_names(paths: list[Path]) -> list[str]:
+    """Stems of files, or their paths below the common folder where stems repeat."""
+    stems = [path.stem for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    root = os.path.commonpath([path.absolute().parent for path in paths])
+    return [path.absolute().relative_to(root).as_posix() for path in paths]
+
+
+class _Engine(NamedTuple):
+    """Threads, and somebody to tell how far they are."""
+
+    pool: ThreadPool
+    progress: Progress | None
+
+    def map(self, function: Callable, tasks: Sequence, stage: str) -> Iterator:
+        """Yield function(task) in the order of the tasks."""
+        size = max(1, min(32, len(tasks) // 64))
+        for done, result in enumerate(self.pool.imap(function, tasks, chunksize=size), start=1):
+            if self.progress and (done % size == 0 or done == len(tasks)):
+                self.progress(done, len(tasks), stage)
+            yield result
+
+
+@contextmanager
+def _engine(workers: int | None, progress: Progress | None) -> Iterator[_Engine]:
+    """Threads suffice, since OpenCV and NumPy release the interpreter while they compute.
+
+    Each computes on one core: the libraries' own threads would compete with these, and would let
+    rounding depend on their number.
+    """
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        with threadpool_limits(1), ThreadPool(workers or os.cpu_count()) as pool:
+            yield _Engine(pool, progress)
+    finally:
+        cv2.setNumThreads(threads)

@@ -1,0 +1,126 @@
+"""Which images train and which validate, and how far the two share photographs."""
+
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+
+from ..errors import BloodcellError
+
+VALID_SHARE = 0.2
+_TRAIN_NAMES = ("train", "training")
+_VALID_NAMES = (("valid", "val", "validation"), ("test", "testing"))
+
+
+def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.DataFrame:
+    """Return the image table with the column ``part``: ``train``, ``valid`` or empty (unused).
+
+    Args:
+        table: image table with ``label``, ``subset`` and ``photo``.
+        how: ``random``, a stratified fifth of all images (the published protocol);
+            ``official``, the data set's own folders, TRAIN against TEST;
+            ``photo``, a stratified fifth in which no photograph is on both sides.
+        seed: of the random choice; ``official`` has none.
+
+    Raises:
+        BloodcellError: the table cannot be split that way, or a class would be missing from
+            training or from validation.
+    """
+    part = {"random": _random, "official": _official, "photo": _by_photo}[how](table, seed)
+    result = table.assign(part=part)
+    _check_classes(result)
+    return result
+
+
+def leakage(table: pd.DataFrame) -> float | None:
+    """Share of validation images, 0 to 1, whose photograph is also in training.
+
+    None if the photographs are not known, which is when every image is its own.
+    """
+    if not photos_known(table):
+        return None
+    train = table.photo[table.part == "train"]
+    valid = table.photo[table.part == "valid"]
+    return float(valid.isin(set(train)).mean())
+
+
+def photos_known(table: pd.DataFrame) -> bool:
+    """Whether the source photographs of the images are known (see the image table)."""
+    return bool((table.photo != table.path).any())
+
+
+def has_own_split(table: pd.DataFrame) -> bool:
+    """Whether the data set came with folders for training and for validation."""
+    return _own_parts(table) is not None
+
+
+def _random(table: pd.DataFrame, seed: int) -> pd.Series:
+    smallest = table.label.value_counts()
+    if smallest.min() < 2:
+        raise BloodcellError(
+            f"Class {smallest.idxmin()} has a single image, too few to split.",
+            "Add images to it or remove the class.",
+        )
+    _, valid = train_test_split(
+        table.index, test_size=VALID_SHARE, stratify=table.label, random_state=seed
+    )
+    return _parts(table, valid)
+
+
+def _by_photo(table: pd.DataFrame, seed: int) -> pd.Series:
+    photos_per_class = table.groupby("label").photo.nunique()
+    if photos_per_class.min() < 2:
+        raise BloodcellError(
+            f"Class {photos_per_class.idxmin()} has a single photograph, which cannot be on "
+            "both sides of a split.",
+            "Add photographs of it, or use --split random and read its score with care.",
+        )
+    n_splits = min(round(1 / VALID_SHARE), photos_per_class.min())
+    folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
+    _, valid = next(folds.split(table.path, table.label, groups=table.photo))
+    return _parts(table, table.index[valid])
+
+
+def _official(table: pd.DataFrame, seed: int) -> pd.Series:
+    own = _own_parts(table)
+    if own is None:
+        raise BloodcellError(
+            "The data set has no folders of its own for training and validation.",
+            "Use --split photo or --split random.",
+        )
+    return own
+
+
+def _own_parts(table: pd.DataFrame) -> pd.Series | None:
+    """``part`` by the names of the folders; TEST_SIMPLE repeats photographs of TEST: unused."""
+    subset = table.subset.str.lower()
+    train = subset.isin(_TRAIN_NAMES)
+    for names in _VALID_NAMES:
+        valid = subset.isin(names)
+        if train.any() and valid.any():
+            part = pd.Series("", index=table.index)
+            part[train], part[valid] = "train", "valid"
+            return part
+    return None
+
+
+def _parts(table: pd.DataFrame, valid: pd.Index) -> pd.Series:
+    part = pd.Series("train", index=table.index)
+    part[valid] = "valid"
+    return part
+
+
+def _check_classes(table: pd.DataFrame) -> None:
+    """A class must be learnt to be scored and scored to be trusted."""
+    train = set(table.label[table.part == "train"])
+    valid = set(table.label[table.part == "valid"])
+    if valid - train:
+        raise BloodcellError(
+            f"Only in validation, never in training: {', '.join(sorted(valid - train))}.",
+            "Rename the folder to the training class it belongs to, or remove it.",
+        )
+    if len(train) < 2:
+        raise BloodcellError(
+            f"Training needs two classes or more; found {', '.join(sorted(train)) or 'none'}.",
+            "Give a folder with one sub-folder per class.",
+        )
+    if not valid:
+        raise BloodcellError("No image is left for validation.", "Add images.")

@@ -1,0 +1,25 @@
+"""The one error users see: what went wrong and how to mend it."""
+
+
+class BloodcellError(Exception):
+    """A problem the user can do something about.
+
+    The command line shows it as two lines, ``message`` and ``hint``, and never as a traceback.
+
+    Args:
+        message: what went wrong and where.
+        hint: what to do about it, a command where there is one.
+        exit_code: 1 for a problem met on the way, 2 for wrong usage.
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = 1):
+        super().__init__(message)
+        self.message, self.hint, self.exit_code = message, hint, exit_code
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+def usage_error(message: str, hint: str = "") -> BloodcellError:
+    """A :class:`BloodcellError` for an argument that cannot be right (exit code 2)."""
+    return BloodcellError(message, hint, exit_code=2)

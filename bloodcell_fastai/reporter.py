@@ -1,0 +1,18 @@
+"""How the library tells what it is doing; the command line dresses it up."""
+
+import sys
+
+
+class Reporter:
+    """Plain lines: results on standard output, warnings on standard error, no progress bars."""
+
+    def say(self, text: str) -> None:
+        """Tell the user something."""
+        print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something that must not be missed."""
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Tell how far something long has come; called for every step of it."""

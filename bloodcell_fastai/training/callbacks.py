@@ -1,0 +1,251 @@
+"""The training loop's behaviour: one small callback per job."""
+
+import random
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.vision.all import (
+    AvgLoss,
+    Callback,
+    CancelFitException,
+    EarlyStoppingCallback,
+    Learner,
+    ProgressCallback,
+    Recorder,
+    SaveModelCallback,
+    TrainEvalCallback,
+    set_seed,
+    to_float,
+)
+from fastcore.imports import IN_NOTEBOOK
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+MONITOR = "valid_accuracy"
+
+
+class CPUBFloat16(Callback):
+    """bfloat16 autocast on the CPU, where fastai's own mixed precision turns itself off."""
+
+    order = MixedPrecision.order
+
+    def before_batch(self):
+        self.autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+        self.autocast.__enter__()
+
+    def after_pred(self):
+        self.learn.pred = to_float(self.pred)
+
+    def after_loss(self):
+        self._leave()
+
+    def after_cancel_batch(self):
+        self._leave()
+
+    def _leave(self):
+        if (autocast := self.__dict__.pop("autocast", None)) is not None:
+            autocast.__exit__(None, None, None)
+
+
+def precision_callback(device: torch.device) -> list[Callback]:
+    """The reduced precision ``device`` computes fastest in, as a list of one callback or none.
+
+    bfloat16 where the hardware has it, float16 on an older CUDA card, float32 otherwise.
+    """
+    if device.type == "cuda":
+        mode = AMPMode.BF16 if torch.cuda.is_bf16_supported() else AMPMode.FP16
+        return [MixedPrecision(mode)]
+    if device.type == "cpu" and has_cpu_bfloat16():
+        return [CPUBFloat16()]
+    return []
+
+
+def has_cpu_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16; emulation would be slower."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class SeedEpoch(Callback):
+    """Draw the randomness of every epoch from (seed, epoch) alone.
+
+    Order, augmentation and dropout of an epoch then do not depend on what came before, so that
+    a resumed run needs no random states to go on as if it had never stopped.
+    """
+
+    order = TrainEvalCallback.order - 5
+
+    def __init__(self, seed: int, first_epoch: int = 0):
+        self.seed, self.first_epoch = seed, first_epoch
+
+    def before_epoch(self):
+        seed = (self.seed * 1_000_003 + self.first_epoch + self.epoch) % 2**32
+        set_seed(seed, reproducible=True)
+        self.dls.train.rng = random.Random(seed)
+
+
+class StopOnNaN(Callback):
+    """Stop when the training loss is no longer a number, before it reaches the records."""
+
+    order = Recorder.order - 1
+    stopped = False
+
+    def after_batch(self):
+        if self.training and not torch.isfinite(self.loss):
+            self.stopped = True
+            raise CancelFitException
+
+
+class History(Callback):
+    """Hand each epoch's figures to ``write``, a dict with the columns of ``history.csv``.
+
+    The training loss is the mean over the epoch; fastai's recorder keeps a smoothed one.
+    """
+
+    order = Recorder.order + 1
+    remove_on_fetch, _only_train_loop = True, True
+
+    def __init__(self, write: Callable[[dict], None], first_epoch: int = 0):
+        self.write, self.first_epoch, self.mean_loss = write, first_epoch, AvgLoss()
+
+    def before_epoch(self):
+        self.started = time.monotonic()
+        self.mean_loss.reset()
+
+    def after_batch(self):
+        if self.training:
+            self.mean_loss.accumulate(self.learn)
+
+    def after_epoch(self):
+        if not (values := self.recorder.values[-1]):
+            return  # an epoch that a resumed run skips
+        row = dict(zip(self.recorder.metric_names[1:], values, strict=False))
+        self.write(
+            {
+                "epoch": self.first_epoch + self.epoch + 1,
+                "train_loss": float(self.mean_loss.value),
+                "train_accuracy": row["train_accuracy"],
+                "valid_loss": row["valid_loss"],
+                "valid_accuracy": row["valid_accuracy"],
+                "lr": self.opt.hypers[-1]["lr"],
+                "seconds": round(time.monotonic() - self.started, 1),
+            }
+        )
+
+
+class SaveBest(SaveModelCallback):
+    """fastai's SaveModelCallback on validation accuracy, with ``save`` as the way to save.
+
+    Args:
+        save: called with the validation accuracy when an epoch is the best so far.
+        best: the accuracy to beat, from earlier epochs of the run; None if there are none.
+    """
+
+    def __init__(self, save: Callable[[float], None], best: float | None = None):
+        super().__init__(monitor=MONITOR, reset_on_fit=False)
+        self.save, self.best = save, best
+
+    def after_epoch(self):
+        if not self.recorder.values[-1]:
+            return  # an epoch that a resumed run skips
+        super(SaveModelCallback, self).after_epoch()
+        if self.new_best:
+            self.save(self.best)
+
+    def after_fit(self):
+        self.run = True  # as fastai's trackers do; the caller loads the best model
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """fastai's EarlyStoppingCallback on validation accuracy, for runs that may be resumed."""
+
+    def __init__(self, patience: int):
+        super().__init__(monitor=MONITOR, patience=patience, reset_on_fit=False)
+
+    def after_epoch(self):
+        if self.recorder.values[-1]:  # empty in an epoch that a resumed run skips
+            super().after_epoch()
+
+
+class SaveLast(Callback):
+    """Call ``save(epochs done)`` when everything else of an epoch is done and recorded."""
+
+    order = SaveBest.order + 10
+    remove_on_fetch, _only_train_loop = True, True
+
+    def __init__(self, save: Callable[[int], None], first_epoch: int = 0):
+        self.save, self.first_epoch = save, first_epoch
+
+    def after_epoch(self):
+        if self.recorder.values[-1]:
+            self.save(self.first_epoch + self.epoch + 1)
+
+
+class RichProgress(Callback):
+    """A progress bar with the time left in a terminal; fastai's own is made for notebooks."""
+
+    order = ProgressCallback.order
+
+    def __init__(self, first_epoch: int = 0, n_epochs: int = 0):
+        self.first_epoch, self.n_epochs = first_epoch, n_epochs
+
+    def before_train(self):
+        self._open(f"Epoch {self.first_epoch + self.epoch + 1}/{self.n_epochs} train")
+
+    def before_validate(self):
+        self._open("Predicting" if hasattr(self.learn, "gather_preds") else "         valid")
+
+    def after_batch(self):
+        self.bar.advance(self.task)
+
+    def after_train(self):
+        self.bar.stop()
+
+    def after_validate(self):
+        self.bar.stop()
+
+    def _open(self, text: str):
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("batches, left:"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self.task = self.bar.add_task(text, total=len(self.dl))
+        self.bar.start()
+
+
+class TimeBatches(Callback):
+    """Time the first training batches of a fit, then cancel it.
+
+    Attributes:
+        seconds: per batch, loading and the optimizer's step included; the first, which warms
+            up, is left out.
+    """
+
+    order = SaveLast.order
+
+    def __init__(self, n: int = 3):
+        self.n, self.seconds = n, 0.0
+
+    def after_batch(self):
+        if self.iter == 0:
+            self.started = time.monotonic()
+        if self.iter == min(self.n, self.n_iter - 1):
+            self.seconds = (time.monotonic() - self.started) / max(self.iter, 1)
+            raise CancelFitException
+
+
+def use_progress(learn: Learner, first_epoch: int = 0, n_epochs: int = 0) -> None:
+    """Show progress as suits the output: fastai's bars in a notebook, Rich's in a terminal,
+    none in a pipe or file (fastprogress would take those for a terminal)."""
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, RichProgress)])
+    if IN_NOTEBOOK:
+        return
+    learn.remove_cbs(ProgressCallback)
+    if sys.stdout.isatty():
+        learn.add_cb(RichProgress(first_epoch, n_epochs))

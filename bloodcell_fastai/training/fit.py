@@ -1,0 +1,182 @@
+"""Training: the head first, then everything in one cycle, the best epoch kept, resumable."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+import pandas as pd
+from fastai.callback.mixup import MixUp
+from fastai.vision.all import Learner
+
+from ..config import Config
+from ..data.blocks import config_dls
+from ..errors import BloodcellError
+from .callbacks import (
+    EarlyStopping,
+    History,
+    SaveBest,
+    SaveLast,
+    SeedEpoch,
+    StopOnNaN,
+    TimeBatches,
+    use_progress,
+)
+from .learner import blood_learner
+from .runs import Run
+
+BODY_LR_SHARE = 1 / 3  # pretrained features should change less than the new head
+TRACKED = ("torch", "fastai", "timm", "numpy", "bloodcell-fastai")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of epochs under one schedule."""
+
+    first_epoch: int
+    epochs: int
+    frozen: bool
+
+
+def phases(config: Config) -> list[Phase]:
+    """The phases of a run: the head alone (if the weights are pretrained), then everything."""
+    frozen = config.freeze_epochs
+    if frozen < 0:
+        frozen = 1 if config.pretrained and config.epochs > 1 else 0
+    plan = [Phase(0, frozen, True), Phase(frozen, config.epochs - frozen, False)]
+    return [phase for phase in plan if phase.epochs]
+
+
+def make_learner(config: Config, table: pd.DataFrame, weights: str | None = None) -> Learner:
+    """The learner of a run: its batches, its model, and mixup if it asks for it."""
+    return blood_learner(
+        config_dls(table, config),
+        arch=config.arch,
+        weights=config.weights if weights is None else weights,
+        size=config.size,
+        label_smoothing=config.label_smoothing,
+        wd=config.wd,
+        cbs=[MixUp(config.mixup)] if config.mixup else None,
+    )
+
+
+def resolve(config: Config, learn: Learner) -> Config:
+    """``config`` with what only the learner knows: classes, first weights, versions, device."""
+    return replace(
+        config,
+        classes=tuple(learn.dls.vocab),
+        pretrained=learn.pretrained,
+        weights_used=learn.weights_used,
+        device=str(learn.dls.device),
+        versions=(
+            f"python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in TRACKED),
+        ),
+    )
+
+
+def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
+    """Train ``learn`` as the run's config says, from where the run stopped.
+
+    Every epoch adds a row to ``history.csv`` and a line in the published form; the best by
+    validation accuracy is kept in ``model.safetensors`` and is in ``learn`` at the end.
+
+    Args:
+        learn: from :func:`make_learner`.
+        run: a run that :meth:`Run.start` has begun; its last checkpoint is continued.
+        say: told each line.
+
+    Raises:
+        BloodcellError: the loss is no longer a number. The best model so far is kept.
+    """
+    config, checkpoint = run.config, run.load_last()
+    done = checkpoint.epochs_done if checkpoint else 0
+    best = checkpoint.best if checkpoint else None
+    if checkpoint:
+        checkpoint.restore_model(learn)
+    learn.path = run.path
+    if config.lr == 0:
+        config = replace(config, lr=find_lr(learn, run, say))
+        config.save(run.path / "config.json")
+    saver = SaveBest(lambda score: _keep_best(learn, run, score, say), best)
+    stopper = [EarlyStopping(config.patience)] if config.patience else []
+    for phase in phases(config):
+        start = max(done - phase.first_epoch, 0)
+        if start >= phase.epochs:
+            continue
+        learn.freeze() if phase.frozen else learn.unfreeze()
+        if checkpoint and start:
+            checkpoint.restore_optimizer(learn)
+        use_progress(learn, phase.first_epoch, config.epochs)
+        guard = StopOnNaN()
+        callbacks = [
+            SeedEpoch(config.seed, phase.first_epoch),
+            guard,
+            History(lambda row: _record(run, config, row, say), phase.first_epoch),
+            saver,
+            SaveLast(lambda epochs: run.save_last(learn, epochs, saver.best), phase.first_epoch),
+            *stopper,
+        ]
+        with learn.no_logging():
+            learn.fit_one_cycle(
+                phase.epochs, max_lr(config, phase), cbs=callbacks, start_epoch=start
+            )
+        if guard.stopped:
+            raise BloodcellError(
+                f"The loss became NaN in epoch {len(run.history) + 1}; the best model so far is "
+                f"kept in {run.path}.",
+                f"Train again with a lower --lr than {config.lr:g}.",
+            )
+    run.load_model(learn)
+    run.finish()
+
+
+def max_lr(config: Config, phase: Phase) -> float | slice:
+    """The one-cycle maximum: for fastai, a slice gives the first value to the body and the
+    second to the head."""
+    if phase.frozen or not config.pretrained:
+        return config.lr
+    return slice(config.lr * BODY_LR_SHARE, config.lr)
+
+
+def find_lr(learn: Learner, run: Run, say: Callable[[str], None] = print) -> float:
+    """fastai's ``lr_find``; its plot is kept as ``lr_find.png`` in the run."""
+    import matplotlib.pyplot as plt
+
+    from ..files import atomic_path
+
+    say("Finding a learning rate ...")
+    suggestion = learn.lr_find().valley
+    with atomic_path(run.path / "lr_find.png") as temporary:
+        plt.gcf().savefig(temporary, dpi=150)
+    plt.close()
+    say(f"Learning rate found: {suggestion:.1e} (plot: {run.path / 'lr_find.png'})")
+    return suggestion
+
+
+def estimate_seconds(learn: Learner, config: Config) -> float:
+    """Expected seconds of a run, from a few training batches timed here and now.
+
+    Validation is counted as a third of the cost of training per image.
+    """
+    timer = TimeBatches()
+    learn.unfreeze()
+    use_progress(learn, 0, config.epochs)
+    with learn.no_logging():
+        learn.fit(1, cbs=timer)
+    batches = len(learn.dls.train) + len(learn.dls.valid) / 3
+    return timer.seconds * batches * config.epochs
+
+
+def _record(run: Run, config: Config, row: dict, say: Callable[[str], None]) -> None:
+    run.append_history(row)
+    say(
+        f"Epoch [{row['epoch']}/{config.epochs}]  "
+        f"Train Loss: {row['train_loss']:.4f} | Train Acc: {row['train_accuracy']:.2%}  || "
+        f"Val Loss: {row['valid_loss']:.4f} | Val Acc: {row['valid_accuracy']:.2%}"
+    )
+
+
+def _keep_best(learn: Learner, run: Run, score: float, say: Callable[[str], None]) -> None:
+    run.save_model(learn)
+    say(f"Saved new best model with val_acc: {score:.2%}")

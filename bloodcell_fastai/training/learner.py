@@ -1,0 +1,344 @@
+"""From batches to a fastai Learner on a timm model."""
+
+import difflib
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from fastai.callback.channelslast import ChannelsLast
+from fastai.vision.all import (
+    CrossEntropyLossFlat,
+    DataLoaders,
+    Learner,
+    accuracy,
+    model_meta,
+    params,
+    vision_learner,
+)
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..config import DEFAULT_ARCH
+from ..errors import BloodcellError, usage_error
+from .callbacks import precision_callback
+
+HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; with retries well below 15
+
+
+class WeightsWarning(UserWarning):
+    """The model starts from other weights than a reader would expect."""
+
+
+class TimmBody(nn.Module):
+    """A timm model up to its feature map; holds the whole model, so that timm can read it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, h, w) to features, in the shape the architecture gives them."""
+        return self.model.forward_features(x)
+
+
+class TimmHead(nn.Module):
+    """timm's own pooling and classifier, from the feature map to the logits.
+
+    The classifier is the very module inside the body's model. The model itself is kept out of
+    torch's sight, or its weights would count as the head's.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.classifier = model.get_classifier()
+        self.__dict__["_model"] = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features to logits (n, classes)."""
+        return self._model.forward_head(x)
+
+
+def blood_learner(
+    dls: DataLoaders,
+    arch: str = DEFAULT_ARCH,
+    weights: str | Path = "auto",
+    size: int | None = None,
+    n_out: int | None = None,
+    label_smoothing: float = 0.1,
+    metrics=accuracy,
+    **kwargs,
+) -> Learner:
+    """A fastai ``Learner`` on a timm model, made by ``vision_learner``.
+
+    ``learn.model`` is a body and timm's own head, in two parameter groups. With pretrained
+    weights the body is frozen, as ``vision_learner`` leaves it. The trained network is timm's
+    model: ``timm_model(learn)`` gives it and its ``state_dict`` loads into timm alone.
+
+    Args:
+        dls: from :func:`~bloodcell_fastai.data.blocks.blood_dls`, or any fastai image
+            ``DataLoaders`` that normalise for ``arch``.
+        arch: any architecture of timm's.
+        weights: ``imagenet`` (from the hub or its cache), a ``.safetensors`` or ``.pth`` file
+            in timm's naming, ``none``, or ``auto``: imagenet, else none with a warning.
+        size: side of the input in pixels; found from a batch of ``dls`` if not given.
+        n_out: number of classes, ``len(dls.vocab)`` if not given.
+        label_smoothing: of the cross-entropy loss, 0 to 1.
+        metrics: fastai metrics.
+        **kwargs: passed to ``vision_learner``, such as ``wd``, ``cbs``, ``opt_func``, ``path``.
+
+    Returns:
+        The learner. ``learn.weights_used`` says in a few words what the model started from
+        and ``learn.pretrained`` whether that was training of any kind.
+
+    Raises:
+        BloodcellError: unknown architecture, a size it cannot take, weights that cannot be had
+            or do not fit.
+    """
+    n_out = n_out or len(dls.vocab)
+    size = size or dls.one_batch()[0].shape[-1]
+    model, weights_used = load_model(arch, n_out, size, weights)
+    pretrained = weights_used != "none"
+    with _registered(model) as build:
+        learn = vision_learner(
+            dls,
+            build,
+            normalize=False,  # done by the DataBlock, with or without pretrained weights
+            n_out=n_out,
+            pretrained=pretrained,
+            custom_head=TimmHead(model),
+            init=None,  # timm has initialised its head
+            splitter=split_parameters,
+            loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing),
+            metrics=metrics,
+            **kwargs,
+        )
+    learn.arch, learn.weights_used = arch, weights_used
+    learn.recorder.train_metrics = True
+    return learn.add_cbs([ChannelsLast(), *precision_callback(dls.device)])
+
+
+@contextmanager
+def _registered(model: nn.Module) -> Iterator[Callable]:
+    """A function that gives ``model``, known to fastai for as long as the block lasts.
+
+    ``vision_learner`` ignores its argument ``cut`` and takes the way to make a body from
+    fastai's registry of architectures alone.
+    """
+
+    def build(pretrained: bool) -> nn.Module:
+        return model
+
+    model_meta[build] = {"cut": TimmBody, "split": split_parameters}
+    try:
+        yield build
+    finally:
+        del model_meta[build]
+
+
+def timm_model(learn: Learner) -> nn.Module:
+    """The timm model inside a learner of :func:`blood_learner`."""
+    return learn.model[0].model
+
+
+def split_parameters(model: nn.Sequential) -> list[list[nn.Parameter]]:
+    """Two groups for fastai's discriminative learning rates: the body, the head."""
+    head = params(model[1])
+    head_ids = {id(p) for p in head}
+    return [[p for p in params(model[0]) if id(p) not in head_ids], head]
+
+
+def load_model(
+    arch: str, n_out: int, size: int, weights: str | Path = "auto"
+) -> tuple[nn.Module, str]:
+    """Create a timm model and load its first weights; see :func:`blood_learner`.
+
+    Returns:
+        The model and what it started from: ``none``, ``imagenet`` (with timm's tag) or the
+        name of a file.
+    """
+    weights = str(weights)
+    if weights == "auto":
+        if (reason := _why_no_pretrained(arch)) is None:
+            weights = "imagenet"
+        else:
+            weights = "none"
+            warnings.warn(
+                f"RANDOM WEIGHTS: {arch} starts from nothing, because {reason} Expect to train "
+                "for longer and to reach less. Give --weights FILE to start from weights you "
+                "have.",
+                WeightsWarning,
+                stacklevel=3,
+            )
+    if weights == "none":
+        return _create(arch, n_out, size), "none"
+    if weights == "imagenet":
+        if reason := _why_no_pretrained(arch):
+            raise BloodcellError(
+                f"No ImageNet weights for {arch}: {reason}",
+                "Use --weights FILE with weights you have, or --weights none.",
+            )
+        return _create(arch, n_out, size, pretrained=True), f"imagenet ({arch})"
+    path = Path(weights)
+    return _create_from(path, arch, n_out, size), path.name
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a run's ``model.safetensors`` into its timm model, every tensor of it.
+
+    Raises:
+        BloodcellError: the file is missing, holds more than tensors, or does not fit; the
+            message counts the missing, unexpected and misshapen tensors.
+    """
+    state = read_tensors(path)
+    _check_fit(path, state, model.state_dict(), free=())
+    model.load_state_dict(state)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` or ``.pth`` file; nothing in it is executed.
+
+    Raises:
+        BloodcellError: the file is missing, damaged, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise BloodcellError(
+            f"No weights file {path}.", "Use auto, imagenet, none, or the path of a file."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BloodcellError(
+            f"{path} is damaged or holds more than tensors, which could run code when loaded.",
+            "Save the model's state_dict() as .safetensors and give that.",
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise BloodcellError(f"{path} is damaged: {error}", "Copy it again.") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
+        raise BloodcellError(f"{path} is not a table of tensors.", "Give a model's state_dict().")
+    return dict(state)
+
+
+def check_arch(arch: str) -> None:
+    """Refuse an architecture timm does not have, and suggest the nearest names.
+
+    Raises:
+        BloodcellError: there is no such architecture.
+    """
+    known = [*timm.list_models(), *timm.list_pretrained()]
+    if arch in known:
+        return
+    near = difflib.get_close_matches(arch, known, n=3, cutoff=0.4)
+    raise usage_error(
+        f"timm has no architecture {arch!r}.",
+        f"Did you mean {' or '.join(near)}?" if near else "See timm.list_models().",
+    )
+
+
+def _create(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
+    """A timm model that takes ``size`` pixels, tried on an empty picture.
+
+    Some architectures accept a size when they are made and fail in their first batch.
+    """
+    check_arch(arch)
+    try:
+        model = _create_sized(arch, n_out, size, **kwargs)
+        _try_forward(model, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise usage_error(
+            f"{arch} cannot take {size} px: {error}.", _size_hint(arch, size)
+        ) from None
+    return model
+
+
+def _create_sized(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
+    try:
+        return timm.create_model(arch, num_classes=n_out, img_size=size, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+    return timm.create_model(arch, num_classes=n_out, **kwargs)  # takes any size
+
+
+def _try_forward(model: nn.Module, size: int) -> None:
+    with torch.inference_mode():
+        model.eval()(torch.zeros(1, 3, size, size))
+    model.train()
+
+
+def _size_hint(arch: str, size: int) -> str:
+    below = size // 32 * 32
+    fitting = []
+    for candidate in (below, below + 32):
+        try:
+            _try_forward(_create_sized(arch, 2, candidate), candidate)
+            fitting.append(str(candidate))
+        except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
+            continue
+    if not fitting:
+        return "Use a multiple of 32."
+    return f"Use --size {' or --size '.join(fitting)} (multiples of 32)."
+
+
+def _create_from(path: Path, arch: str, n_out: int, size: int) -> nn.Module:
+    """A timm model with the weights of a file, adapted by timm as its own weights are:
+    position biases resized, the classifier new if the number of classes differs."""
+    state = read_tensors(path)
+    fresh = _create(arch, n_out, size)
+    classifier = f"{fresh.pretrained_cfg.get('classifier')}."
+    _check_fit(path, state, fresh.state_dict(), free=(classifier, *_RESIZED))
+    rows = [len(value) for key, value in state.items() if key == f"{classifier}weight"]
+    if not rows:  # timm drops the file's classifier before loading and expects one to drop
+        new = {k: v for k, v in fresh.state_dict().items() if k.startswith(classifier)}
+        state, rows = state | new, [n_out]
+    overlay = {"state_dict": state, "num_classes": rows[0]}
+    return _create(arch, n_out, size, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+_RESIZED = ("relative_position", "pos_embed", "attn_mask")  # what depends on the input's size
+
+
+def _check_fit(path: Path, state: Mapping, expected: Mapping, free: tuple[str, ...]) -> None:
+    def matters(key: str) -> bool:
+        return not any(part in key for part in free)
+
+    missing = [key for key in expected.keys() - state.keys() if matters(key)]
+    unknown = [key for key in state.keys() - expected.keys() if matters(key)]
+    common = expected.keys() & state.keys()
+    misshapen = [k for k in common if matters(k) and expected[k].shape != state[k].shape]
+    if missing or unknown or misshapen:
+        raise BloodcellError(
+            f"{path} does not fit the architecture: of its {len(expected)} tensors {len(missing)} "
+            f"are missing and {len(misshapen)} have another shape; {len(unknown)} are unknown.",
+            "Give the --arch the weights were trained with.",
+        )
+
+
+def _why_no_pretrained(arch: str) -> str | None:
+    """Why timm's weights for ``arch`` cannot be had now; None if they can."""
+    check_arch(arch)
+    config = timm.get_pretrained_cfg(arch)
+    if config is None or not config.has_weights:
+        return "timm has no weights for it."
+    if not config.hf_hub_id:
+        return None
+    if isinstance(try_to_load_from_cache(config.hf_hub_id, SAFETENSORS_SINGLE_FILE), str):
+        return None
+    try:
+        url = hf_hub_url(config.hf_hub_id, SAFETENSORS_SINGLE_FILE)
+        get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the hub's client has changed its HTTP library, and its errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"Hugging Face cannot be reached ({reason})."
+    return None

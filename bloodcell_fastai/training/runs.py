@@ -1,0 +1,237 @@
+"""The folder of a run: the only place that reads or writes one."""
+
+import json
+import re
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+from fastai.vision.all import Learner
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..config import Config
+from ..errors import BloodcellError
+from ..files import atomic_path, write_json, write_text
+from .learner import load_weights, timm_model
+
+HISTORY = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "seconds"]
+
+
+class Run:
+    """A folder with everything about one training: see the README for its files.
+
+    Every file is written beside and renamed, so that a kill leaves the previous one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, root: str | Path = "runs", name: str | None = None) -> "Run":
+        """Make a new folder under ``root``, named after the time if no name is given.
+
+        Raises:
+            BloodcellError: the name is taken or is not a plain one.
+        """
+        if name is None:
+            name = _free_name(Path(root), datetime.now().strftime("%Y%m%d-%H%M%S"))
+        elif not re.fullmatch(r"[\w][\w.-]{0,99}", name):
+            raise BloodcellError(
+                f"{name!r} cannot name a run.", "Use letters, digits, dots and dashes."
+            )
+        run = cls(Path(root) / name)
+        if run.path.exists():
+            raise BloodcellError(
+                f"There is a run named {name} in {root}.",
+                "Choose another --name, or continue it with --resume.",
+            )
+        run.path.mkdir(parents=True)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path | None = None, root: str | Path = "runs") -> "Run":
+        """The run of that path, or of that name under ``root``; the newest if None.
+
+        Raises:
+            BloodcellError: there is none.
+        """
+        root = Path(root)
+        if path is None:
+            runs = all_runs(root)
+            if not runs:
+                raise BloodcellError(f"No run in {root}/.", "Train one: bloodcell fit")
+            return runs[-1]
+        for candidate in (Path(path), root / path):
+            if (candidate / "config.json").is_file():
+                return cls(candidate)
+        raise BloodcellError(
+            f"{path} is not a run, nor is {root / path}.",
+            f"Runs here: {', '.join(r.name for r in all_runs(root)) or 'none'}.",
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report and its figures."""
+        return self.path / "report"
+
+    @property
+    def config(self) -> Config:
+        """The run's options, as resolved when it began."""
+        return Config.load(self.path / "config.json")
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The image table with its ``part``."""
+        path = self.path / "split.csv"
+        try:
+            return pd.read_csv(path, dtype=str, keep_default_na=False)
+        except FileNotFoundError:
+            raise BloodcellError(f"{path} is missing.", "Train again: bloodcell fit") from None
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per finished epoch, in the columns of ``history.csv``; empty before the first."""
+        path = self.path / "history.csv"
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=HISTORY)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether an epoch has finished and its model was kept."""
+        return (self.path / "model.safetensors").is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return (self.path / "last" / "finished.json").is_file()
+
+    def start(self, config: Config, table: pd.DataFrame) -> None:
+        """Write what the run is: its options and its images."""
+        config.save(self.path / "config.json")
+        write_text(self.path / "split.csv", table.to_csv(index=False))
+
+    def append_history(self, row: dict) -> None:
+        """Add an epoch to ``history.csv``, in place of any the run had from there on."""
+        kept = self.history[lambda rows: rows.epoch < row["epoch"]]
+        rows = [*kept.to_dict("records"), row]
+        write_text(
+            self.path / "history.csv", pd.DataFrame(rows, columns=HISTORY).to_csv(index=False)
+        )
+
+    def save_model(self, learn: Learner) -> None:
+        """Write the weights as they are now, in timm's naming, as the best of the run."""
+        with atomic_path(self.path / "model.safetensors") as temporary:
+            save_file(_contiguous(timm_model(learn).state_dict()), temporary)
+
+    def load_model(self, learn: Learner) -> None:
+        """Put the run's best weights into ``learn``.
+
+        Raises:
+            BloodcellError: there are none yet, or they do not fit.
+        """
+        if not self.has_model:
+            raise BloodcellError(
+                f"Run {self.name} has no model yet.",
+                f"Train it: bloodcell fit --name {self.name} --resume",
+            )
+        load_weights(timm_model(learn), self.path / "model.safetensors")
+
+    def save_last(self, learn: Learner, epochs_done: int, best: float) -> None:
+        """Write what resuming needs, in one file, so that its parts always belong together."""
+        tensors, plain = _pack_optimizer(learn.opt.state_dict())
+        tensors |= {f"model.{k}": v for k, v in timm_model(learn).state_dict().items()}
+        state = {"epochs_done": epochs_done, "best": best, "optimizer": plain}
+        with atomic_path(self.path / "last" / "checkpoint.safetensors") as temporary:
+            save_file(_contiguous(tensors), temporary, metadata={"state": json.dumps(state)})
+
+    def load_last(self) -> "Checkpoint | None":
+        """What :meth:`save_last` wrote last, or None if no epoch has finished."""
+        path = self.path / "last" / "checkpoint.safetensors"
+        return Checkpoint(path) if path.is_file() else None
+
+    def finish(self) -> None:
+        """Mark the run as done and drop the checkpoint, which nothing will need."""
+        write_json(self.path / "last" / "finished.json", {"epochs": len(self.history)})
+        (self.path / "last" / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path)
+
+
+class Checkpoint:
+    """The end of an epoch: weights, optimizer, best score.
+
+    Attributes:
+        epochs_done: epochs finished so far.
+        best: best validation accuracy so far.
+    """
+
+    def __init__(self, path: Path):
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.epochs_done, self.best = state["epochs_done"], state["best"]
+        self._optimizer = state["optimizer"]
+
+    def restore_model(self, learn: Learner) -> None:
+        """Put the weights into ``learn``."""
+        model = {k[6:]: v for k, v in self._tensors.items() if k.startswith("model.")}
+        timm_model(learn).load_state_dict(model)
+
+    def restore_optimizer(self, learn: Learner) -> None:
+        """Put the optimizer's state into ``learn``; after freezing, which clears it."""
+        learn.create_opt()
+        learn.opt.load_state_dict(_unpack_optimizer(self._tensors, self._optimizer))
+
+
+def all_runs(root: str | Path = "runs") -> list[Run]:
+    """The runs under ``root``, oldest first."""
+    configs = Path(root).glob("*/config.json")
+    return [Run(path.parent) for path in sorted(configs, key=lambda p: p.stat().st_mtime_ns)]
+
+
+def newest_unfinished(root: str | Path = "runs") -> Run:
+    """The newest run that was cut off.
+
+    Raises:
+        BloodcellError: every run came to its end.
+    """
+    for run in reversed(all_runs(root)):
+        if not run.finished:
+            return run
+    raise BloodcellError(f"No unfinished run in {root}/.", "Start a new one: bloodcell fit")
+
+
+def _free_name(root: Path, name: str) -> str:
+    candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return next(candidate for candidate in candidates if not (root / candidate).exists())
+
+
+def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.detach().contiguous() for key, value in state.items()}
+
+
+def _pack_optimizer(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """fastai's optimizer state as named tensors and plain values that JSON can hold."""
+    tensors, plain = {}, []
+    for index, entry in enumerate(state["state"]):
+        tensors |= {f"opt.{index}.{k}": v for k, v in entry.items() if torch.is_tensor(v)}
+        plain.append({k: v for k, v in entry.items() if not torch.is_tensor(v)})
+    return tensors, {"state": plain, "hypers": [dict(hyper) for hyper in state["hypers"]]}
+
+
+def _unpack_optimizer(tensors: dict[str, torch.Tensor], plain: dict) -> dict:
+    state = [dict(entry) for entry in plain["state"]]
+    for key, value in tensors.items():
+        if key.startswith("opt."):
+            _, index, name = key.split(".", 2)
+            state[int(index)][name] = value
+    return {"state": state, "hypers": plain["hypers"]}
