@@ -6,17 +6,21 @@ torch and fastai take seconds to import, so every command imports what it needs 
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from .config import Config
 from .errors import BloodcellError, usage_error
 from .reporter import Reporter
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +44,61 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune MaxViT-nano on blood-cell photographs, and know how good it really is."""
+
+
+@app.command("data")
+def describe_data(
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path(
+        "data/contact-sheet.png"
+    ),
+) -> None:
+    """Fetch, unpack, check and describe the images."""
+    from .analysis.figures import contact_sheet, save_figure
+    from .data.dataset import open_dataset
+
+    reporter = TerminalReporter()
+    dataset = open_dataset(data, progress=reporter.progress)
+    for warning in dataset.warnings:
+        reporter.warn(warning)
+    console.print(f"{dataset.root}: {len(dataset.table):,} images")
+    _print_table(dataset.counts_with_totals.reset_index(), "Images per subset and class")
+    sizes = ", ".join(f"{w}x{h} ({n:,} images)" for (w, h), n in dataset.sizes.items())
+    console.print(f"Sizes: {sizes}")
+    console.print(f"Original photographs beside them: {len(dataset.originals):,}")
+    console.print(f"Unreadable files: {len(dataset.unreadable):,}")
+    for path in dataset.unreadable:
+        console.print(f"  {path}")
+    save_figure(contact_sheet(dataset.table), out)
+    console.print(f"Contact sheet: {out}")
+
+
+@app.command()
+def audit(
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="Folder for photos.csv, audit.json, pictures.")] = Path(
+        "audit"
+    ),
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Find the photographs anew from the pixels.")
+    ] = False,
+    run: Annotated[str | None, typer.Option(help="Look at the split of this run too.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Find the photograph behind each image, and how far each split leaks."""
+    from .analysis.audit import audit, describe_audit, write_audit
+    from .data.dataset import open_dataset
+    from .training.runs import Run
+
+    reporter = TerminalReporter()
+    chosen = Run.open(run, runs) if run else None
+    dataset = open_dataset(data, progress=reporter.progress)
+    for warning in dataset.warnings:
+        reporter.warn(warning)
+    result = audit(dataset, rebuild, chosen, reporter.progress)
+    console.print(describe_audit(result))
+    written = write_audit(result, out, dataset.root)
+    console.print(f"Written: {', '.join(map(str, written))}")
 
 
 @app.command()
@@ -73,9 +132,12 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
     workers: Annotated[int, typer.Option(help="Loading processes; -1: by the machine.")] = -1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    folds: Annotated[
+        int, typer.Option(help="Train once per fold of the photographs; 0: a single split.")
+    ] = DEFAULTS.folds,
     name: Annotated[str | None, typer.Option(help="Name of the run; the time if left out.")] = None,
     runs: Runs = Path("runs"),
-    resume: Annotated[
+    resume_run: Annotated[
         bool, typer.Option("--resume", help="Go on with --name, or the newest unfinished run.")
     ] = False,
     dry_run: Annotated[
@@ -83,10 +145,11 @@ def fit(
     ] = False,
 ) -> None:
     """Train a model and keep its best epoch."""
-    from .training import workflow
+    reporter = TerminalReporter()
+    if resume_run:
+        from .training.workflow import resume
 
-    if resume:
-        workflow.resume(runs, name, reporter=TerminalReporter())
+        resume(runs, name, reporter)
         return
     config = Config(
         data=data or "",
@@ -110,8 +173,55 @@ def fit(
         lighting=lighting,
         workers=workers,
         device=device,
+        folds=folds,
     )
-    workflow.train(config, runs, name, dry_run=dry_run, reporter=TerminalReporter())
+    if not folds:
+        from .training.workflow import train
+
+        train(config, runs, name, dry_run, reporter)
+        return
+    from .analysis.crossval import cross_validate
+    from .analysis.interpretation import read_results, summarise
+
+    run = cross_validate(config, runs, name, dry_run, reporter)
+    if not dry_run:
+        console.print(summarise(read_results(run), run.config))
+
+
+@app.command()
+def interpret(
+    run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Score a run on its validation images: report, matrix, curves, top losses."""
+    from .analysis.interpretation import interpret_run, summarise
+    from .training.runs import Run
+
+    chosen = Run.open(run, runs)
+    console.print(summarise(interpret_run(chosen), chosen.config))
+    console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/")
+
+
+@app.command()
+def predict(
+    paths: Annotated[list[str], typer.Argument(help="Images, or folders of images.")],
+    run: Annotated[str | None, typer.Option(help="Name or folder; the newest if none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .csv or .json file to write.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Tell the class of images, with probabilities."""
+    from .serving.inference import predict, write_predictions
+    from .training.runs import Run
+
+    table, unreadable = predict(Run.open(run, runs), paths)
+    if out:
+        write_predictions(table, out)
+        console.print(f"{len(table):,} predictions written to {out}")
+    else:
+        _print_table(table, "Predictions")
+    if unreadable:
+        errors.print(f"Unreadable, left out: {', '.join(map(str, unreadable))}")
+        raise typer.Exit(1)
 
 
 class TerminalReporter(Reporter):
@@ -147,6 +257,22 @@ class TerminalReporter(Reporter):
         if done >= total:
             self._progress.stop()
             self._progress = None
+
+
+def _print_table(table: "pd.DataFrame", title: str) -> None:
+    grid = Table(title=title, title_justify="left")
+    for name in table.columns:
+        numeric = table[name].dtype.kind in "if"
+        grid.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        grid.add_row(*(_cell(value) for value in row))
+    console.print(grid)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _learning_rate(text: str) -> float:

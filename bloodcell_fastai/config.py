@@ -52,6 +52,7 @@ class Config:
     lighting: float = 0.2
     workers: int = -1
     device: str = "auto"
+    folds: int = 0
 
     classes: tuple[str, ...] = ()
     pretrained: bool = False
@@ -63,6 +64,11 @@ class Config:
             _check_range(name, getattr(self, name), low, high)
         if self.split not in SPLITS:
             raise usage_error(f"split is {self.split!r}.", f"Use one of: {', '.join(SPLITS)}.")
+        if self.folds == 1 or (self.folds and self.split != "photo"):
+            raise usage_error(
+                f"folds is {self.folds} with split {self.split}.",
+                "Use --folds 2 or more, with --split photo.",
+            )
         if self.freeze_epochs >= self.epochs:
             raise usage_error(
                 f"freeze_epochs ({self.freeze_epochs}) leaves nothing of {self.epochs} epochs.",
@@ -109,6 +115,7 @@ _RANGES = (
     ("warp", 0, 1),
     ("lighting", 0, 0.99),
     ("workers", -1, 1024),
+    ("folds", 0, 1000),
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 import timm
 from fastai.vision.all import (
+    AffineCoordTfm,
     CategoryBlock,
     ColReader,
     DataBlock,
@@ -32,6 +33,30 @@ class BloodImage(PILImage):
     def create(cls, fn, **kwargs):
         """Open ``fn``, a path, as RGB; anything else as fastai's PILImage does."""
         return cls(open_image(fn)) if isinstance(fn, str | os.PathLike) else super().create(fn)
+
+
+class TrainingAffine(AffineCoordTfm):
+    """fastai's affine transform that leaves validation pictures alone.
+
+    fastai's own passes them through an interpolation by the identity, which costs time and
+    makes them differ from the pictures of a prediction, which have no augmentation.
+    """
+
+    @classmethod
+    def of(cls, other: AffineCoordTfm) -> "TrainingAffine":
+        """The same transform as ``other``."""
+        return cls(
+            other.aff_fs,
+            other.coord_fs,
+            mode=other.mode,
+            pad_mode=other.pad_mode,
+            align_corners=other.align_corners,
+        )
+
+    def before_call(self, b, split_idx):
+        """Draw the batch's transform; apply it in training only."""
+        super().before_call(b, split_idx)
+        self.do = not split_idx
 
 
 def blood_dls(
@@ -96,7 +121,7 @@ def image_dls(
     block = DataBlock(
         blocks=(ImageBlock(cls=BloodImage),),
         get_x=ColReader("path"),
-        splitter=IndexSplitter(range(len(paths))),
+        splitter=_all_valid,
         item_tfms=item_transforms(size),
         batch_tfms=[normalization(arch)],
         n_inp=1,
@@ -142,7 +167,7 @@ def augmentation(
     contrast into one pass. Edges are mirrored: black corners would imitate those that the
     copies of the Kaggle set have.
     """
-    return aug_transforms(
+    transforms = aug_transforms(
         do_flip=flip,
         flip_vert=True,
         max_rotate=rotate,
@@ -150,6 +175,7 @@ def augmentation(
         max_warp=warp,
         max_lighting=lighting,
     )
+    return [TrainingAffine.of(t) if isinstance(t, AffineCoordTfm) else t for t in transforms]
 
 
 def normalization(arch: str) -> Normalize:
@@ -190,6 +216,11 @@ def pick_device(name: str = "auto"):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BloodcellError(f"No device {name!r} here: {reason}", "Use --device auto.") from None
+
+
+def _all_valid(items: Sequence) -> tuple[list[int], list[int]]:
+    """Every item validates; the first also stands in for training, which may not be empty."""
+    return [0], list(range(len(items)))
 
 
 def _loaders(block: DataBlock, table: pd.DataFrame, bs: int, workers: int | None, device):

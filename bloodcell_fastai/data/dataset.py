@@ -62,6 +62,11 @@ class Dataset:
         """Images per subset (rows) and class (columns)."""
         return pd.crosstab(self.table.subset, self.table.label)
 
+    @property
+    def counts_with_totals(self) -> pd.DataFrame:
+        """:attr:`counts` with a last row and a last column ``all``."""
+        return pd.crosstab(self.table.subset, self.table.label, margins=True, margins_name="all")
+
 
 def open_dataset(
     source: str | Path | None = None,
@@ -128,7 +133,8 @@ def read_folder(
     unreadable = tuple(Path(path) for path in table.path[~readable])
     if len(unreadable) > MAX_UNREADABLE_SHARE * len(table):
         raise BloodcellError(
-            f"{len(unreadable):,} of {len(table):,} images cannot be read, such as {unreadable[0]}.",
+            f"{len(unreadable):,} of {len(table):,} images cannot be read, "
+            f"such as {unreadable[0]}.",
             "Download or copy the data set again.",
         )
     table = table[readable].reset_index(drop=True)
@@ -205,17 +211,26 @@ def open_image(path: str | Path) -> Image.Image:
         raise OSError(f"{path}: {error}") from error
 
 
-def contact_sheet(table: pd.DataFrame, per_class: int = 8, seed: int = 0) -> Image.Image:
-    """Images drawn at random, one row per class, as one picture."""
-    width, height = 200, 150
-    groups = list(table.groupby("label"))
-    sheet = Image.new("RGB", (width * per_class, height * len(groups)), "white")
-    for row, (_, images) in enumerate(groups):
-        paths = images.path.sample(min(per_class, len(images)), random_state=seed)
-        for column, path in enumerate(paths):
-            tile = ImageOps.contain(open_image(path), (width - 4, height - 4))
-            sheet.paste(tile, (column * width + 2, row * height + 2))
-    return sheet
+def image_size(path: str | Path) -> tuple[int, int] | None:
+    """(width, height) in pixels, or None if the image cannot be decoded to its end."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            # A JPEG decoded at an eighth still reads every byte, in a fraction of the time.
+            image.draft(image.mode, (size[0] // 8, size[1] // 8))
+            image.load()
+            return size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Image files below ``folder``, sorted; hidden ones passed over, links not followed."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for name in names if _is_image(path := Path(parent, name))]
+    return sorted(found)
 
 
 def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
@@ -267,7 +282,7 @@ def _list_images(root: Path) -> list[tuple[str, str, str]]:
     rows = []
     for subset, folder in _subset_folders(_class_root(root)):
         for class_folder in _folders(folder):
-            rows += [(str(path), class_folder.name, subset) for path in _walk(class_folder)]
+            rows += [(str(path), class_folder.name, subset) for path in list_folder(class_folder)]
     return rows
 
 
@@ -291,35 +306,13 @@ def _folders(root: Path) -> list[Path]:
     return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Image files below ``folder``, sorted; hidden folders are passed over, links not followed."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for name in names if _is_image(path := Path(parent, name))]
-    return sorted(found)
-
-
 def _read_sizes(paths: Sequence[str], progress: Progress) -> list[tuple[int, int] | None]:
     sizes = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done, size in enumerate(pool.map(_read_size, paths), start=1):
+        for done, size in enumerate(pool.map(image_size, paths), start=1):
             sizes.append(size)
             progress("Checking images", done, len(paths))
     return sizes
-
-
-def _read_size(path: str) -> tuple[int, int] | None:
-    """(width, height) in pixels, or None if the image cannot be decoded to its end."""
-    try:
-        with Image.open(path) as image:
-            size = image.size
-            # A JPEG decoded at an eighth still reads every byte, in a fraction of the time.
-            image.draft(image.mode, (size[0] // 8, size[1] // 8))
-            image.load()
-            return size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
 
 
 def _missing_images(root: Path, table: pd.DataFrame) -> tuple[str, ...]:

@@ -105,6 +105,11 @@ class _Fit(NamedTuple):
         )
 
     @property
+    def likeness(self) -> float:
+        """Agreement over the whole of a: what b does not show counts as disagreement."""
+        return self.agreement * self.cover
+
+    @property
     def is_copy(self) -> bool:
         return self.verified and self.cover >= _COPY_COVER
 
@@ -146,7 +151,8 @@ def find_photos(
         the same one, named after the first of them;
         ``inliers``, features that agree with the original, or with the closest sibling;
         ``margin``, inliers over those of the runner-up: the next best original, or the closest
-        image of another group. Both are 0 where an image stands alone.
+        image of another group. Small, even negative, only where two photographs show the same
+        field. Both are 0 where an image stands alone.
         An unreadable file stands alone. Byte-identical files belong together.
     """
     with _engine(workers, progress) as engine:
@@ -164,17 +170,33 @@ def known_photos(paths: Sequence[Path], table: Path = KAGGLE_TABLE) -> pd.DataFr
     Returns the rows of :func:`find_photos` for those paths that the table knows, perhaps none.
     """
     known = pd.read_csv(table, dtype={"digest": str, "original": str, "photo": str})
-    digests = pd.DataFrame({"path": list(paths), "digest": [_digest(path) for path in paths]})
+    digests = pd.DataFrame({"path": list(paths), "digest": [digest(path) for path in paths]})
     return digests.merge(known, on="digest", how="inner")[COLUMNS]
 
 
 def write_known_photos(found: pd.DataFrame, table: Path = KAGGLE_TABLE) -> None:
     """Write a result of :func:`find_photos` as a table for :func:`known_photos`."""
-    rows = found.assign(digest=[_digest(path) for path in found["path"]]).drop(columns="path")
+    rows = found.assign(digest=[digest(path) for path in found["path"]]).drop(columns="path")
     rows = rows[rows["digest"] != ""].drop_duplicates("digest").sort_values("digest")
     columns = ["digest", *COLUMNS[1:]]
     with atomic_path(table) as part:
         rows[columns].to_csv(part, index=False, compression="xz")
+
+
+def with_photos(table: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """The image table with ``photo`` filled in where the photographs are known already.
+
+    They are if ``root`` holds a ``photos.csv`` (columns ``path``, relative to it, and ``photo``),
+    as ``bloodcell audit --out`` writes it, or if the images are those of Kaggle's set.
+    """
+    listed = Path(root) / "photos.csv"
+    if listed.is_file():
+        found = pd.read_csv(listed, dtype=str)
+        found["path"] = [str(Path(root) / path) for path in found["path"]]
+    else:
+        found = known_photos(table["path"])
+    photo_of = found.set_index("path")["photo"]
+    return table.assign(photo=table["path"].map(photo_of).fillna(table["path"]))
 
 
 def pair_scores(found: Iterable, truth: Iterable) -> tuple[float, float]:
@@ -198,18 +220,17 @@ def match_pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray]:
     Returns two arrays (n, 2) of float32, x and y in pixels of the files; n is 0 where the images
     do not match. Meant for drawing.
     """
-    features = [_read(path) for path in (a, b)]
-    nothing = np.zeros((0, 2), np.float32)
-    if None in features:
-        return nothing, nothing
-    first, second = features
-    mirrored = _mirror(first)
-    straight, flipped = _fit(first, second), _fit(mirrored, second)
-    fit = max(straight, flipped, key=lambda fit: fit.inliers)
-    if not fit.verified:
-        return nothing, nothing
-    points = _mirror_points(fit.points_a, first.width) if fit is flipped else fit.points_a
+    fit, mirrored, first, second = _best_fit(a, b)
+    points = _mirror_points(fit.points_a, first.width) if mirrored else fit.points_a
     return points / first.scale, fit.points_b / second.scale
+
+
+def overlap(a: Path, b: Path) -> float:
+    """Share of image a, without its black corners, that image b shows too, 0 to 1.
+
+    Tells two photographs of one cell from neighbours that share a strip of background.
+    """
+    return _best_fit(a, b)[0].cover
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,9 +315,9 @@ def _choose(task: tuple, originals: list[_Features]) -> tuple[int, int, int]:
     if not copies:
         return -1, 0, 0
     # Two photographs of one field tie in inliers, give or take a few. The pictures tell them
-    # apart: only the true original correlates fully once it is warped onto the copy.
+    # apart: only the true original, warped onto the copy, explains all of it.
     most = max(fit.inliers for _, fit in copies)
-    k, fit = max((c for c in copies if c[1].inliers >= most / 2), key=lambda c: c[1].agreement)
+    k, fit = max((c for c in copies if c[1].inliers >= most / 2), key=lambda c: c[1].likeness)
     runner_up = max((other.inliers for j, other in fits if j != k), default=0)
     return k, fit.inliers, fit.inliers - runner_up
 
@@ -426,6 +447,11 @@ def _read(path: Path) -> _Features | None:
     return None if image is None else _detect(image)
 
 
+def _blank() -> _Features:
+    """What stands for a file that is no image: no features."""
+    return _detect(np.zeros((1, 1, 3), np.uint8))
+
+
 def _detect(image: np.ndarray) -> _Features:
     """Features of an image, (h, w, 3) uint8 BGR."""
     scale = min(1.0, _SIDE / max(image.shape[:2]))
@@ -508,6 +534,16 @@ def _fit(a: _Features, b: _Features) -> _Fit:
     if inliers < _MIN_INLIERS:
         return _Fit(inliers, 0.0, 0.0, points_a, points_b)
     return _Fit(inliers, *_agreement(a.small, b.small, affine), points_a, points_b)
+
+
+def _best_fit(a: Path, b: Path) -> tuple[_Fit, bool, _Features, _Features]:
+    """Verified fit of two files (empty where there is none), whether a had to be mirrored."""
+    first, second = (_read(path) or _blank() for path in (a, b))
+    fits = [(_fit(first, second), False), (_fit(_mirror(first), second), True)]
+    fit, mirrored = max(fits, key=lambda entry: entry[0].inliers)
+    if not fit.verified:
+        fit = _Fit(0, 0.0, 0.0, fit.points_a[:0], fit.points_b[:0])
+    return fit, mirrored, first, second
 
 
 def _mutual_matches(a: _Features, b: _Features) -> tuple[np.ndarray, np.ndarray]:
@@ -611,7 +647,10 @@ class _Index:
             own = groups[block, None] == groups
             straight[own] = mirrored[own] = 0
         score = np.hstack([straight, mirrored])
-        best = np.argsort(-score, axis=1, kind="stable")[:, :count]
+        count = min(count, score.shape[1])
+        best = np.argpartition(-score, count - 1, axis=1)[:, :count]
+        order = np.argsort(-np.take_along_axis(score, best, axis=1), axis=1, kind="stable")
+        best = np.take_along_axis(best, order, axis=1)
         images = self.votes.shape[1]
         return [
             [(int(k) % images, bool(k >= images)) for k in row if score[i, k] > 0]
@@ -679,19 +718,19 @@ class _Collection:
         by_digest: dict[str, list[int]] = {}
         for i, path in enumerate(paths):
             # A file that cannot be opened is like no other.
-            by_digest.setdefault(_digest(path) or f"unreadable {i}", []).append(i)
+            by_digest.setdefault(digest(path) or f"unreadable {i}", []).append(i)
         digests = sorted(by_digest)
-        files = [paths[by_digest[digest][0]] for digest in digests]
+        files = [paths[by_digest[key][0]] for key in digests]
         read = list(engine.map(_read, files, stage))
         self.features, self.positions = [], []
-        for digest, features in zip(digests, read, strict=True):
+        for key, features in zip(digests, read, strict=True):
             if features is not None:
                 self.features.append(features)
-                self.positions.append(by_digest[digest])
+                self.positions.append(by_digest[key])
             else:
                 # Nothing is known of a file that is no image, not even if another equals it.
-                for i in by_digest[digest]:
-                    self.features.append(_detect(np.zeros((1, 1, 3), np.uint8)))
+                for i in by_digest[key]:
+                    self.features.append(_blank())
                     self.positions.append([i])
         self.first = [positions[0] for positions in self.positions]
         self.count = len(paths)
@@ -704,7 +743,7 @@ class _Collection:
         return {name: values[content] for name, values in columns.items()}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Hash of a file's bytes, 16 hexadecimal digits; empty if the file cannot be read."""
     try:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()

@@ -515,7 +515,8 @@ def make_demo(root: Path, photos_per_class: int = 24, copies: int = 10, seed: in
 
     Beside Kaggle's files, ``truth.csv`` holds ``path,photo,field,x,y,radius`` of every copy: the
     path under the root, the stem of the original, an id that the exposures of one field share,
-    and the white cell in the copy's pixels.
+    and the white cell in the copy's pixels. ``photos.csv`` holds ``path,photo`` with the field as
+    the photograph, as ``bloodcell audit`` writes it.
 
     Args:
         root: the folder to make; it appears only when it is complete.
@@ -543,6 +544,8 @@ def make_demo(root: Path, photos_per_class: int = 24, copies: int = 10, seed: in
             rows = pool.map(lambda photo: _write_photo(draft, photo, seed), photos)
             truth = sorted(row for group in rows for row in group)
         _write_csv(draft / "truth.csv", ("path", "photo", "field", "x", "y", "radius"), truth)
+        # What `bloodcell audit` would find: the library reads the photographs from here.
+        _write_csv(draft / "photos.csv", ("path", "photo"), ((row[0], row[2]) for row in truth))
         _write_csv(
             draft / _ORIGINALS / "labels.csv",
             ("", "Image", "Category"),

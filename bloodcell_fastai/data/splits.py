@@ -6,6 +6,7 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from ..errors import BloodcellError
 
 VALID_SHARE = 0.2
+_TRIES = 8  # shuffles of which the best balanced fold is taken
 _TRAIN_NAMES = ("train", "training")
 _VALID_NAMES = (("valid", "val", "validation"), ("test", "testing"))
 
@@ -17,7 +18,8 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
         table: image table with ``label``, ``subset`` and ``photo``.
         how: ``random``, a stratified fifth of all images (the published protocol);
             ``official``, the data set's own folders, TRAIN against TEST;
-            ``photo``, a stratified fifth in which no photograph is on both sides.
+            ``photo``, about a fifth of every class, in images and in photographs, with no
+            photograph on both sides.
         seed: of the random choice; ``official`` has none.
 
     Raises:
@@ -28,6 +30,32 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
     result = table.assign(part=part)
     _check_classes(result)
     return result
+
+
+def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.DataFrame]:
+    """The image table split ``folds`` times, each photograph validating exactly once.
+
+    Raises:
+        BloodcellError: a class has fewer photographs than there are folds.
+    """
+    fewest = table.groupby("label").photo.nunique()
+    if fewest.min() < folds:
+        raise BloodcellError(
+            f"Class {fewest.idxmin()} has {fewest.min()} photographs, too few for {folds} folds.",
+            f"Use --folds {fewest.min()} or fewer.",
+        )
+    return [table.assign(part=_parts(table, valid)) for valid in _grouped_folds(table, folds, seed)]
+
+
+def kept_split(table: pd.DataFrame, how: str) -> str:
+    """``how``, or ``official`` for a ``photo`` split of data with its own valid folder.
+
+    Who made such a folder knows more about the data than a random choice does. A folder named
+    test is no such sign: it is meant for the end, and Kaggle's shares photographs with TRAIN.
+    """
+    names = set(table.subset.str.lower())
+    has_both = names & set(_TRAIN_NAMES) and names & set(_VALID_NAMES[0])
+    return "official" if how == "photo" and has_both else how
 
 
 def leakage(table: pd.DataFrame) -> float | None:
@@ -45,11 +73,6 @@ def leakage(table: pd.DataFrame) -> float | None:
 def photos_known(table: pd.DataFrame) -> bool:
     """Whether the source photographs of the images are known (see the image table)."""
     return bool((table.photo != table.path).any())
-
-
-def has_own_split(table: pd.DataFrame) -> bool:
-    """Whether the data set came with folders for training and for validation."""
-    return _own_parts(table) is not None
 
 
 def _random(table: pd.DataFrame, seed: int) -> pd.Series:
@@ -74,9 +97,29 @@ def _by_photo(table: pd.DataFrame, seed: int) -> pd.Series:
             "Add photographs of it, or use --split random and read its score with care.",
         )
     n_splits = min(round(1 / VALID_SHARE), photos_per_class.min())
+    tries = range(seed, seed + _TRIES)
+    folds = [fold for each in tries for fold in _grouped_folds(table, n_splits, each)]
+    return _parts(table, min(folds, key=lambda valid: _imbalance(table, valid)))
+
+
+def _grouped_folds(table: pd.DataFrame, n_splits: int, seed: int) -> list[pd.Index]:
+    """The validation rows of each fold."""
     folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
-    _, valid = next(folds.split(table.path, table.label, groups=table.photo))
-    return _parts(table, table.index[valid])
+    split = folds.split(table.path, table.label, groups=table.photo)
+    return [table.index[valid] for _, valid in split]
+
+
+def _imbalance(table: pd.DataFrame, valid: pd.Index) -> float:
+    """How far the worst class is from its share of validation, in images or in photographs.
+
+    A class of few photographs with many copies each can be right in one and wrong in the other.
+    """
+    images = table.label[valid].value_counts() / table.label.value_counts()
+    photos = (
+        table.loc[valid].groupby("label").photo.nunique() / table.groupby("label").photo.nunique()
+    )
+    shares = pd.concat([images, photos]).fillna(0)
+    return float((shares - VALID_SHARE).abs().max())
 
 
 def _official(table: pd.DataFrame, seed: int) -> pd.Series:

@@ -1,7 +1,6 @@
 """From batches to a fastai Learner on a timm model."""
 
 import difflib
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from fastai.vision.all import (
 )
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -52,7 +50,9 @@ class TimmHead(nn.Module):
     """timm's own pooling and classifier, from the feature map to the logits.
 
     The classifier is the very module inside the body's model. The model itself is kept out of
-    torch's sight, or its weights would count as the head's.
+    torch's sight, or its weights would count as the head's. ``vision_learner`` gives the
+    classifier fastai's fresh weights (Kaiming): those timm gives some architectures make first
+    logits so large that the frozen epoch is spent on undoing them.
     """
 
     def __init__(self, model: nn.Module):
@@ -113,7 +113,6 @@ def blood_learner(
             n_out=n_out,
             pretrained=pretrained,
             custom_head=TimmHead(model),
-            init=None,  # timm has initialised its head
             splitter=split_parameters,
             loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing),
             metrics=metrics,
@@ -215,13 +214,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception as error:  # on bytes that are no pickle torch's reader raises anything
         raise BloodcellError(
             f"{path} is damaged or holds more than tensors, which could run code when loaded.",
-            "Save the model's state_dict() as .safetensors and give that.",
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise BloodcellError(f"{path} is damaged: {error}", "Copy it again.") from None
+            "Copy it again, or save the model's state_dict() as .safetensors and give that.",
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -293,7 +290,7 @@ def _size_hint(arch: str, size: int) -> str:
 
 def _create_from(path: Path, arch: str, n_out: int, size: int) -> nn.Module:
     """A timm model with the weights of a file, adapted by timm as its own weights are:
-    position biases resized, the classifier new if the number of classes differs."""
+    position biases resized, the classifier of other classes dropped."""
     state = read_tensors(path)
     fresh = _create(arch, n_out, size)
     classifier = f"{fresh.pretrained_cfg.get('classifier')}."

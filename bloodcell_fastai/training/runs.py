@@ -104,7 +104,7 @@ class Run:
 
     @property
     def has_model(self) -> bool:
-        """Whether an epoch has finished and its model was kept."""
+        """Whether an epoch has finished, so that there is a best model."""
         return (self.path / "model.safetensors").is_file()
 
     @property
@@ -136,12 +136,33 @@ class Run:
         Raises:
             BloodcellError: there are none yet, or they do not fit.
         """
+        self.require_model()
+        load_weights(timm_model(learn), self.path / "model.safetensors")
+
+    def require_model(self) -> None:
+        """Refuse to go on without a trained model.
+
+        Raises:
+            BloodcellError: no epoch has finished yet, or the run is one of folds.
+        """
+        self.refuse_folds()
         if not self.has_model:
             raise BloodcellError(
                 f"Run {self.name} has no model yet.",
                 f"Train it: bloodcell fit --name {self.name} --resume",
             )
-        load_weights(timm_model(learn), self.path / "model.safetensors")
+
+    def refuse_folds(self) -> None:
+        """Refuse a run of several folds, each of which is a run with a model of its own.
+
+        Raises:
+            BloodcellError: this is one.
+        """
+        if self.config.folds:
+            raise BloodcellError(
+                f"Run {self.name} has {self.config.folds} models, one for each fold.",
+                f"Name one of them: {self.name}/fold-1",
+            )
 
     def save_last(self, learn: Learner, epochs_done: int, best: float) -> None:
         """Write what resuming needs, in one file, so that its parts always belong together."""

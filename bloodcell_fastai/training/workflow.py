@@ -9,7 +9,8 @@ from fastai.vision.all import Learner
 
 from ..config import Config
 from ..data.dataset import open_dataset
-from ..data.splits import leakage, split_table
+from ..data.provenance import with_photos
+from ..data.splits import kept_split, leakage, split_table
 from ..errors import BloodcellError
 from ..reporter import Reporter
 from .fit import estimate_seconds, fit, make_learner, phases, resolve
@@ -59,24 +60,42 @@ def train(
         BloodcellError: the data, an option or the training went wrong.
     """
     reporter = reporter or Reporter()
+    config, table = prepare(config, reporter)
+    table = split_table(table, config.split, config.seed)
+    return train_table(config, table, Run.create(root, name), dry_run, reporter)
+
+
+def prepare(config: Config, reporter: Reporter) -> tuple[Config, pd.DataFrame]:
+    """Open the data a config names: the config with the folder found, and the image table."""
     dataset = open_dataset(config.data or None, progress=reporter.progress)
     for warning in dataset.warnings:
         reporter.warn(warning)
     if dataset.unreadable:
         names = ", ".join(path.name for path in dataset.unreadable[:5])
-        reporter.warn(f"{len(dataset.unreadable)} unreadable images left out: {names} ...")
-    table = split_table(dataset.table, config.split, config.seed)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", WeightsWarning)
-        learn = make_learner(config, table)
+        reporter.warn(f"{len(dataset.unreadable)} unreadable images are left out, such as {names}.")
+    table = with_photos(dataset.table, dataset.root)
+    if (kept := kept_split(table, config.split)) != config.split:
+        reporter.say("The data set has a split of its own, which is kept: --split official.")
+    return replace(config, data=str(dataset.root), split=kept), table
+
+
+def train_table(
+    config: Config, table: pd.DataFrame, run: Run, dry_run: bool, reporter: Reporter
+) -> Run:
+    """Train on a split table, into a run folder just made; see :func:`train`."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", WeightsWarning)
+            learn = make_learner(config, table)
+    except BloodcellError:
+        run.remove()  # it holds nothing yet
+        raise
     for warning in caught:
         if issubclass(warning.category, WeightsWarning):
             reporter.warn(str(warning.message))
-    config = replace(resolve(config, learn), data=str(dataset.root))
-    run = Run.create(root, name)
+    config = resolve(config, learn)
     run.start(config, table)
-    plan = make_plan(config, table, learn, timed=dry_run)
-    reporter.say(describe(plan, config, run))
+    reporter.say(describe(make_plan(config, table, learn, timed=dry_run), config, run))
     if not dry_run:
         fit(learn, run, reporter.say)
         reporter.say(f"Done. Next: bloodcell interpret {run.name}")
@@ -93,6 +112,7 @@ def resume(
     """
     reporter = reporter or Reporter()
     run = Run.open(name, root) if name else newest_unfinished(root)
+    run.refuse_folds()
     if run.finished:
         raise BloodcellError(
             f"Run {run.name} came to its end after {len(run.history)} epochs.",

@@ -1,0 +1,196 @@
+"""One pass over the validation images, and every figure that follows from it."""
+
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from fastai.vision.all import Learner
+from sklearn.metrics import (
+    classification_report,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
+
+BOOTSTRAP_SAMPLES = 2000
+CALIBRATION_BINS = 15
+
+
+class Evaluation:
+    """Predictions for labelled images and the metrics computed from them.
+
+    Attributes:
+        predictions: one row per image: ``path``, ``label``, ``predicted``, ``confidence`` (the
+            probability of the predicted class), ``loss`` (cross-entropy, natural logarithm),
+            ``photo`` and ``p_<CLASS>`` for each class.
+        classes: in the order of the model's outputs.
+        leakage: share of the images whose photograph was trained on, 0 to 1; None if unknown.
+    """
+
+    def __init__(
+        self, predictions: pd.DataFrame, classes: tuple[str, ...], leakage: float | None = None
+    ):
+        self.predictions, self.classes, self.leakage = predictions, tuple(classes), leakage
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float64 (images, classes), rows sum to 1."""
+        return self.predictions[[f"p_{name}" for name in self.classes]].to_numpy(float)
+
+    @cached_property
+    def confusion_matrix(self) -> np.ndarray:
+        """int64 (classes, classes): rows are the true classes, columns the predicted ones."""
+        table = self.predictions
+        return confusion_matrix(table.label, table.predicted, labels=self.classes)
+
+    @cached_property
+    def metrics(self) -> dict:
+        """What ``metrics.json`` holds: plain numbers, None where one is not defined."""
+        return compute_metrics(self)
+
+    def classification_report(self) -> str:
+        """Precision, recall and F1 as scikit-learn prints them."""
+        table = self.predictions
+        return classification_report(
+            table.label, table.predicted, labels=self.classes, digits=4, zero_division=0
+        )
+
+    def top_losses(self, k: int = 9) -> pd.DataFrame:
+        """The ``k`` images with the highest loss, highest first."""
+        return self.predictions.nlargest(k, "loss")
+
+
+def evaluate(learn: Learner) -> Evaluation:
+    """Predict the validation part of ``learn.dls`` once.
+
+    The items must be an image table, as :func:`~bloodcell_fastai.blood_dls` makes them.
+    """
+    table = learn.dls.valid_ds.items.reset_index(drop=True)
+    probabilities = learn.get_preds(dl=learn.dls.valid)[0].double().numpy()
+    trained_on = set(learn.dls.train_ds.items.photo)
+    known = (table.photo != table.path).any()
+    return Evaluation(
+        prediction_table(table, probabilities, tuple(learn.dls.vocab)),
+        tuple(learn.dls.vocab),
+        float(table.photo.isin(trained_on).mean()) if known else None,
+    )
+
+
+def prediction_table(
+    table: pd.DataFrame, probabilities: np.ndarray, classes: tuple[str, ...]
+) -> pd.DataFrame:
+    """The table of :class:`Evaluation` from an image table and its (images, classes) array."""
+    best = probabilities.argmax(axis=1)
+    true = table.label.map({name: index for index, name in enumerate(classes)}).to_numpy()
+    rows = np.arange(len(table))
+    # float32 can round a probability to 0, whose loss would be infinite.
+    of_true = np.maximum(probabilities[rows, true], np.finfo(np.float32).tiny)
+    columns = {
+        "path": table.path,
+        "label": table.label,
+        "predicted": np.array(classes)[best],
+        "confidence": probabilities[rows, best],
+        "loss": -np.log(of_true),
+        "photo": table.photo,
+    }
+    columns |= {f"p_{name}": probabilities[:, index] for index, name in enumerate(classes)}
+    return pd.DataFrame(columns)
+
+
+def compute_metrics(evaluation: Evaluation) -> dict:
+    """Every figure of the report from the predictions; see :attr:`Evaluation.metrics`."""
+    table, classes = evaluation.predictions, evaluation.classes
+    correct = (table.label == table.predicted).to_numpy()
+    photos = by_photo(evaluation)
+    photo_correct = (photos.label == photos.predicted).to_numpy()
+    per_class = class_metrics(evaluation)
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_ci95": bootstrap_ci(correct, table.photo),
+        "balanced_accuracy": _mean([row["recall"] for row in per_class.values()]),
+        "macro_f1": _mean([row["f1"] for row in per_class.values()]),
+        "photo_accuracy": float(photo_correct.mean()),
+        "photo_accuracy_ci95": bootstrap_ci(photo_correct, photos.photo),
+        "n_images": len(table),
+        "n_photos": int(table.photo.nunique()),
+        "photos_known": bool((table.photo != table.path).any()),
+        "leakage": evaluation.leakage,
+        "loss": float(table.loss.mean()),
+        "ece": calibration_error(table.confidence.to_numpy(), correct),
+        "classes": list(classes),
+        "confusion_matrix": evaluation.confusion_matrix.tolist(),
+        "per_class": per_class,
+    }
+
+
+def by_photo(evaluation: Evaluation) -> pd.DataFrame:
+    """One row per photograph: ``photo``, ``label``, ``predicted`` from the mean probabilities of
+    its copies. A photograph under two labels makes two rows."""
+    columns = [f"p_{name}" for name in evaluation.classes]
+    grouped = evaluation.predictions.groupby(["photo", "label"])[columns].mean()
+    predicted = np.array(evaluation.classes)[grouped.to_numpy().argmax(axis=1)]
+    return grouped.reset_index()[["photo", "label"]].assign(predicted=predicted)
+
+
+def class_metrics(evaluation: Evaluation) -> dict[str, dict]:
+    """precision, recall, f1, support, specificity and auroc (one against the rest) per class."""
+    table, classes = evaluation.predictions, evaluation.classes
+    matrix = evaluation.confusion_matrix
+    scores = precision_recall_fscore_support(
+        table.label, table.predicted, labels=classes, zero_division=0
+    )
+    result = {}
+    for index, name in enumerate(classes):
+        precision, recall, f1, support = (column[index] for column in scores)
+        negatives = matrix.sum() - matrix[index].sum()
+        false_positives = matrix[:, index].sum() - matrix[index, index]
+        is_class = (table.label == name).to_numpy()
+        result[name] = {
+            "precision": float(precision),
+            "recall": float(recall) if support else None,
+            "f1": float(f1) if support else None,
+            "support": int(support),
+            "specificity": float(1 - false_positives / negatives) if negatives else None,
+            "auroc": (
+                float(roc_auc_score(is_class, table[f"p_{name}"]))
+                if 0 < is_class.sum() < len(table)
+                else None
+            ),
+        }
+    return result
+
+
+def bootstrap_ci(correct: np.ndarray, photos: pd.Series, seed: int = 0) -> list[float]:
+    """95 % percentile interval of an accuracy, resampling photographs with all their images.
+
+    Images of one photograph succeed and fail together; resampling files would take them for
+    independent and give an interval far too narrow (the cluster bootstrap, Davison and Hinkley
+    1997, section 3.8).
+
+    Args:
+        correct: bool (images,).
+        photos: id of each image's photograph.
+        seed: of the resampling.
+
+    Returns:
+        Lower and upper bound, 0 to 1.
+    """
+    totals = pd.DataFrame({"right": correct, "photo": photos.to_numpy()}).groupby("photo").right
+    right, count = totals.sum().to_numpy(), totals.count().to_numpy()
+    rng = np.random.default_rng(seed)
+    # How often each photograph is drawn is all that counts: one multinomial per resample.
+    drawn = rng.multinomial(len(right), np.full(len(right), 1 / len(right)), BOOTSTRAP_SAMPLES)
+    shares = (drawn @ right) / (drawn @ count)
+    return [float(bound) for bound in np.percentile(shares, [2.5, 97.5])]
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error, 0 to 1, over 15 equal bins of confidence (Guo et al. 2017)."""
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = pd.DataFrame({"bin": bins, "gap": correct - confidence}).groupby("bin").gap.sum().abs()
+    return float(gaps.sum() / len(confidence))
+
+
+def _mean(values: list[float | None]) -> float:
+    """Mean over the classes that have images."""
+    return float(np.mean([value for value in values if value is not None]))

@@ -1,0 +1,183 @@
+"""Figures for papers and reports: each function returns a matplotlib Figure and saves nothing.
+
+Colours are those of Okabe and Ito (2008), which people with colour-blindness can tell apart.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..data.dataset import open_image
+from ..data.provenance import match_pair
+from ..files import atomic_path
+from .evaluation import Evaluation
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to ``path``, atomically, in the format of its suffix."""
+    with atomic_path(path) as temporary, rc_context(STYLE):
+        figure.savefig(temporary)
+
+
+def plot_history(history: pd.DataFrame) -> Figure:
+    """Loss and accuracy per epoch, training against validation; the kept epoch is marked."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.2))
+        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            for part, colour, label in (
+                ("train", BLUE, "training"),
+                ("valid", ORANGE, "validation"),
+            ):
+                values = history[f"{part}_{name}"]
+                axes.plot(history.epoch, values, "o-", ms=4, color=colour, label=label)
+            best = history.loc[history.valid_accuracy.idxmax()]
+            axes.plot(
+                best.epoch,
+                best[f"valid_{name}"],
+                "o",
+                ms=11,
+                mfc="none",
+                mec=ORANGE,
+                label="kept",
+            )
+            axes.set(xlabel="Epoch", ylabel=name.capitalize())
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.25)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(loc="lower right")
+    return figure
+
+
+def plot_confusion_matrix(evaluation: Evaluation) -> Figure:
+    """Counts, with the share of the true class; shades follow the shares."""
+    matrix, classes = evaluation.confusion_matrix, evaluation.classes
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 1.9 + 0.95 * len(classes)
+    with rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
+        figure = Figure(figsize=(side + 0.6, side))
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(matrix):
+            share = shares[row, column]
+            axes.text(
+                column,
+                row,
+                f"{count:,}\n{share:.1%}",
+                ha="center",
+                va="center",
+                color="white" if share > 0.5 else "black",
+            )
+        names = [name.capitalize() for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0)
+        axes.set(xlabel="Predicted class", ylabel="True class")
+        figure.colorbar(
+            image, format=PercentFormatter(1), shrink=0.8, label="Share of the true class"
+        )
+    return figure
+
+
+def plot_top_losses(evaluation: Evaluation, k: int = 9) -> Figure:
+    """The images the model was most wrong about, with what it said and how sure it was."""
+    worst = evaluation.top_losses(k)
+    return _gallery(
+        [
+            (
+                row.path,
+                f"{row.label.capitalize()}\n→ {row.predicted.capitalize()}"
+                f" {row.confidence:.0%}\nloss {row.loss:.2f}, p(true) {np.exp(-row.loss):.1%}",
+                GREY if row.label == row.predicted else ORANGE,
+            )
+            for row in worst.itertuples()
+        ],
+        columns=3,
+    )
+
+
+def plot_siblings(pairs: Sequence[tuple[str, str]], matches: int = 30) -> Figure:
+    """Pairs of images of one photograph, training on the left, validation on the right.
+
+    Lines join up to ``matches`` features that agree on one affine map of one to the other.
+    """
+    columns = 2
+    rows = -(-len(pairs) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.6 * columns, 2.75 * rows))
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axis in grid:
+            _bare(axis)
+        for axis, (train, valid) in zip(figure.axes, pairs, strict=False):
+            _draw_pair(axis, train, valid, matches)
+    return figure
+
+
+def _draw_pair(axis, train: str, valid: str, matches: int) -> None:
+    left, right = open_image(train), open_image(valid)
+    scale = left.height / right.height
+    right = right.resize((round(right.width * scale), left.height))
+    gap = left.width // 20
+    canvas = np.full((left.height, left.width + gap + right.width, 3), 255, np.uint8)
+    canvas[:, : left.width], canvas[:, left.width + gap :] = left, right
+    axis.imshow(canvas)
+    points, others = match_pair(Path(train), Path(valid))
+    shown = np.linspace(0, len(points) - 1, min(matches, len(points))).astype(int)
+    for (x, y), (u, v) in zip(points[shown], others[shown], strict=True):
+        u = u * scale + left.width + gap
+        axis.plot([x, u], [y, v * scale], "o-", color=ORANGE, ms=2.5, lw=0.6, alpha=0.9)
+    names = [f"{Path(path).parent.name} {Path(path).name}" for path in (train, valid)]
+    axis.set_title(
+        f"training: {names[0]}    validation: {names[1]}\n{len(points)} features agree", fontsize=9
+    )
+
+
+def contact_sheet(table: pd.DataFrame, per_class: int = 6, seed: int = 0) -> Figure:
+    """Images drawn at random from an image table, one row per class."""
+    groups = list(table.groupby("label"))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.8 * per_class, 1.5 * len(groups)))
+        grid = figure.subplots(len(groups), per_class, squeeze=False)
+        for axes, (label, images) in zip(grid, groups, strict=True):
+            paths = images.path.sample(min(per_class, len(images)), random_state=seed)
+            for axis in axes:
+                _bare(axis)
+            for axis, path in zip(axes, paths, strict=False):
+                axis.imshow(open_image(path))
+            axes[0].set_ylabel(f"{label.capitalize()}\n{len(images):,} images")
+    return figure
+
+
+def _gallery(tiles: list[tuple[str, str, str]], columns: int) -> Figure:
+    """Images in a grid; a tile is a path, the text above it and the text's colour."""
+    rows = max(1, -(-len(tiles) // columns))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3 * columns, 3.1 * rows))
+        for axis in figure.subplots(rows, columns, squeeze=False).flat:
+            _bare(axis)
+        for axis, (path, text, colour) in zip(figure.axes, tiles, strict=False):
+            axis.imshow(open_image(path))
+            axis.set_title(text, color=colour, fontsize=9)
+    return figure
+
+
+def _bare(axis) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,149 @@
+"""``bloodcell interpret`` and its notebook twin: what a model gets right, and what it does not."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from fastai.vision.all import Learner
+from matplotlib.figure import Figure
+
+from ..config import Config
+from ..data.blocks import config_dls
+from ..data.provenance import with_photos
+from ..data.splits import photos_known
+from ..errors import BloodcellError
+from ..files import write_json, write_text
+from ..training.callbacks import use_progress
+from ..training.learner import blood_learner
+from ..training.runs import Run
+from ..training.workflow import describe_leakage
+from . import figures
+from .evaluation import Evaluation, evaluate
+
+
+class Interpretation(Evaluation):
+    """An :class:`Evaluation` with the plots of fastai's ``ClassificationInterpretation``, all
+    from the one pass. fastai's own class works on the same learner, and predicts anew for
+    each."""
+
+    def plot_confusion_matrix(self) -> Figure:
+        """Counts and row shares."""
+        return figures.plot_confusion_matrix(self)
+
+    def plot_top_losses(self, k: int = 9) -> Figure:
+        """The ``k`` images with the highest loss."""
+        return figures.plot_top_losses(self, k)
+
+    def print_classification_report(self) -> None:
+        """scikit-learn's report."""
+        print(self.classification_report())
+
+
+def interpret(learn: Learner) -> Interpretation:
+    """Predict the validation part of ``learn.dls`` once and return everything about it.
+
+    Args:
+        learn: a trained learner whose batches come from ``blood_dls``.
+    """
+    evaluation = evaluate(learn)
+    return Interpretation(evaluation.predictions, evaluation.classes, evaluation.leakage)
+
+
+def load_learner(run: Run) -> Learner:
+    """The learner of a run with its best weights, on the best device here.
+
+    Unlike fastai's function of this name it reads safetensors and JSON, and runs nothing that
+    a file contains.
+
+    Raises:
+        BloodcellError: the run has no model yet, or its files do not fit together.
+    """
+    config = replace(run.config, device="auto")
+    table = run.table
+    if not photos_known(table):  # they may have been found since the training
+        table = with_photos(table, Path(config.data))
+    missing = [path for path in table.path[table.part == "valid"] if not Path(path).is_file()]
+    if missing:
+        raise BloodcellError(
+            f"{len(missing):,} validation images are gone, such as {missing[0]}.",
+            f"Put the data back to {config.data or 'where it was'}.",
+        )
+    learn = blood_learner(
+        config_dls(table, config), arch=config.arch, weights="none", size=config.size
+    )
+    run.load_model(learn)
+    return learn
+
+
+def interpret_run(run: Run) -> Interpretation:
+    """Score a run's model on its validation images and write the results into its folder.
+
+    Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the classification report
+    and the figures.
+
+    Raises:
+        BloodcellError: the run has no model yet, or its images are gone.
+    """
+    learn = load_learner(run)
+    use_progress(learn)
+    result = interpret(learn)
+    write_results(run, result)
+    return result
+
+
+def write_results(run: Run, result: Interpretation) -> None:
+    """Write the files of :func:`interpret_run`."""
+    write_text(run.path / "predictions.csv", result.predictions.to_csv(index=False))
+    write_json(run.path / "metrics.json", result.metrics)
+    write_text(run.report / "classification_report.txt", result.classification_report())
+    pictures = {
+        "confusion_matrix": result.plot_confusion_matrix(),
+        "top_losses": result.plot_top_losses(),
+    }
+    if len(history := run.history):
+        pictures["curves"] = figures.plot_history(history)
+    for name, figure in pictures.items():
+        figures.save_figure(figure, run.report / f"{name}.png")
+
+
+def read_results(run: Run) -> Interpretation:
+    """What :func:`write_results` wrote, without predicting again.
+
+    Raises:
+        BloodcellError: the run was not interpreted yet.
+    """
+    try:
+        metrics = json.loads((run.path / "metrics.json").read_text())
+        predictions = pd.read_csv(run.path / "predictions.csv", dtype={"photo": str})
+    except FileNotFoundError:
+        raise BloodcellError(
+            f"Run {run.name} was not interpreted yet.", f"Run: bloodcell interpret {run.name}"
+        ) from None
+    return Interpretation(predictions, metrics["classes"], metrics["leakage"])
+
+
+def summarise(result: Interpretation, config: Config) -> str:
+    """The result as lines of text: what it was measured on, the headline, the report."""
+    metrics = result.metrics
+    unit = "photographs" if metrics["photos_known"] else "images (photographs unknown)"
+    return "\n".join(
+        [
+            f"{config.arch} from {config.weights_used}, {config.size} px, "
+            + (f"{config.folds} folds" if config.folds else f"split {config.split}"),
+            f"Leakage: {describe_leakage(result.leakage)}",
+            f"Accuracy per image       {_with_interval(metrics, 'accuracy')}"
+            f"   of {metrics['n_images']:,} images",
+            f"Accuracy per photograph  {_with_interval(metrics, 'photo_accuracy')}"
+            f"   of {metrics['n_photos']:,} {unit}",
+            "",
+            result.classification_report(),
+            "Confusion matrix (rows true, columns predicted; " + ", ".join(result.classes) + ")",
+            *("  " + " ".join(f"{n:>6,}" for n in row) for row in result.confusion_matrix),
+        ]
+    )
+
+
+def _with_interval(metrics: dict, name: str) -> str:
+    low, high = metrics[f"{name}_ci95"]
+    return f"{metrics[name]:.2%}  (95 % interval {low:.2%} to {high:.2%})"

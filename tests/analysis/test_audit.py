@@ -1,0 +1,65 @@
+import json
+
+import pandas as pd
+import pytest
+
+from bloodcell_fastai import Config, Run, split_table
+from bloodcell_fastai.analysis.audit import audit, describe_audit, write_audit
+
+
+@pytest.fixture(scope="module")
+def audited(demo):
+    return audit(demo, rebuild=True)
+
+
+def test_the_photographs_of_the_demo_are_found(audited, demo_table):
+    found = audited.table.groupby("photo").path.apply(frozenset)
+    truth = demo_table.groupby("photo").path.apply(frozenset)
+    assert set(found) == set(truth)
+    assert audited.rebuilt
+
+
+def test_leakage_of_every_split(audited):
+    assert audited.leakages["random"] > 0.5
+    assert audited.leakages["photo"] == 0
+    assert 0 < audited.leakages["official"] < 0.5  # the demo has a field on both sides
+
+
+def test_the_pair_across_the_official_split_is_named(audited):
+    (pair,) = audited.official_pairs
+    assert pair["train"] and pair["valid"]
+    assert not set(pair["train"]) & set(pair["valid"])
+    assert pair["train"][0] in describe_audit(audited)
+
+
+def test_files(audited, demo, tmp_path):
+    written = write_audit(audited, tmp_path, demo.root)
+    assert {path.name for path in written} == {
+        *("photos.csv", "audit.json", "siblings-random.png", "siblings-official.png")
+    }
+    photos = pd.read_csv(tmp_path / "photos.csv")
+    assert list(photos.columns) == ["path", "photo"]
+    assert (demo.root / photos.path[0]).is_file()
+    summary = json.loads((tmp_path / "audit.json").read_text())
+    assert summary["n_images"] == len(demo.table)
+    assert summary["n_photographs"] == 32
+    assert summary["n_fields"] == 31
+    assert summary["exact_duplicates"] == 0
+    assert summary["contradictory_labels"] == []
+
+
+def test_a_contradiction_is_reported(audited):
+    table = audited.table.copy()
+    first = table.photo.iloc[0]
+    table.loc[table.index[0], "label"] = "NEUTROPHIL"
+    contradicting = type(audited)(table, audited.splits, True)
+    (found,) = contradicting.contradictions
+    assert found["photo"] == first
+    assert found["labels"]["NEUTROPHIL"] == 1
+    assert f"One field under two labels: {first}" in describe_audit(contradicting)
+
+
+def test_the_split_of_a_run_is_looked_at(demo, demo_table, tmp_path):
+    run = Run(tmp_path / "mine")
+    run.start(Config(), split_table(demo_table, "random"))
+    assert audit(demo, rebuild=True, run=run).leakages["run mine"] > 0.5

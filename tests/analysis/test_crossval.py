@@ -1,0 +1,62 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from bloodcell_fastai import BloodcellError, Config, Run, cross_validate, interpret_run
+
+
+class Silent:
+    def say(self, text):
+        pass
+
+    warn = say
+
+    def progress(self, what, done, total):
+        pass
+
+
+def make_config(root, **options) -> Config:
+    return Config(
+        **{
+            "data": str(root),
+            "arch": "resnet18",
+            "weights": "none",
+            "size": 64,
+            "batch_size": 16,
+            "epochs": 1,
+            "workers": 0,
+            "device": "cpu",
+            "folds": 3,
+        }
+        | options
+    )
+
+
+def test_every_image_is_predicted_once_by_a_model_that_has_not_seen_it(demo_root, tmp_path):
+    run = cross_validate(make_config(demo_root), tmp_path, "cv", reporter=Silent())
+    pooled = pd.read_csv(run.path / "predictions.csv")
+    table = run.table
+    assert sorted(pooled.path) == sorted(table.path)
+    assert table.groupby("photo").fold.nunique().eq(1).all()
+    for number in (1, 2, 3):
+        fold = Run(run.path / f"fold-{number}").table
+        valid = set(fold.path[fold.part == "valid"])
+        assert valid == set(table.path[table.fold == str(number)])
+    metrics = pd.read_json(run.path / "metrics.json", typ="series")
+    assert metrics.n_images == len(table)
+    assert metrics.leakage == 0
+    assert np.sum(metrics.confusion_matrix) == len(table)
+    with pytest.raises(BloodcellError, match="3 models") as caught:
+        interpret_run(run)
+    assert caught.value.hint.endswith("cv/fold-1")
+
+
+@pytest.mark.parametrize("options", [{"folds": 1}, {"folds": 3, "split": "random"}])
+def test_folds_that_make_no_sense(demo_root, options):
+    with pytest.raises(BloodcellError, match="folds is"):
+        make_config(demo_root, **options)
+
+
+def test_more_folds_than_photographs(demo_root, tmp_path):
+    with pytest.raises(BloodcellError, match="too few for 9 folds"):
+        cross_validate(make_config(demo_root, folds=9), tmp_path, "cv", reporter=Silent())

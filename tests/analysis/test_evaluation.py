@@ -1,0 +1,122 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from bloodcell_fastai.analysis.evaluation import (
+    Evaluation,
+    bootstrap_ci,
+    calibration_error,
+    prediction_table,
+)
+
+CLASSES = ("A", "B", "C")
+
+
+def make_evaluation(n_photos: int = 40, copies: int = 5, seed: int = 0) -> Evaluation:
+    """Random predictions, right a little more often than not, alike within a photograph."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(rng.integers(0, 3, n_photos), copies)
+    logits = np.repeat(rng.normal(size=(n_photos, 3)), copies, axis=0)
+    logits[np.arange(len(labels)), labels] += 1
+    logits += 0.1 * rng.normal(size=logits.shape)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    table = pd.DataFrame(
+        {
+            "path": [f"/{i}.jpg" for i in range(len(labels))],
+            "label": np.array(CLASSES)[labels],
+            "photo": np.repeat([f"p{i}" for i in range(n_photos)], copies),
+        }
+    )
+    return Evaluation(prediction_table(table, probabilities, CLASSES), CLASSES, 0.25)
+
+
+def test_figures_agree_with_scikit_learn_and_with_each_other():
+    evaluation = make_evaluation()
+    metrics, table = evaluation.metrics, evaluation.predictions
+    matrix = np.array(metrics["confusion_matrix"])
+    assert matrix.sum() == metrics["n_images"] == 200
+    assert metrics["accuracy"] == pytest.approx(np.trace(matrix) / matrix.sum())
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(table.label, table.predicted))
+    assert metrics["macro_f1"] == pytest.approx(
+        f1_score(table.label, table.predicted, average="macro")
+    )
+    for index, name in enumerate(CLASSES):
+        row = metrics["per_class"][name]
+        assert row["support"] == matrix[index].sum()
+        assert row["recall"] == pytest.approx(matrix[index, index] / matrix[index].sum())
+        others = np.delete(np.arange(3), index)
+        negatives = matrix[others]
+        assert row["specificity"] == pytest.approx(1 - negatives[:, index].sum() / negatives.sum())
+        assert 0.5 < row["auroc"] <= 1
+    assert metrics["n_photos"] == 40
+    assert metrics["leakage"] == 0.25
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_prediction_table():
+    table = pd.DataFrame({"path": ["/1", "/2"], "label": ["B", "A"], "photo": ["x", "y"]})
+    made = prediction_table(table, np.array([[0.2, 0.8], [0.4, 0.6]]), ("A", "B"))
+    assert made.columns.tolist() == [
+        *("path", "label", "predicted", "confidence", "loss", "photo", "p_A", "p_B")
+    ]
+    assert made.predicted.tolist() == ["B", "B"]
+    assert made.loss.tolist() == pytest.approx([-np.log(0.8), -np.log(0.4)])
+
+
+def test_the_loss_of_an_impossible_label_is_finite():
+    table = pd.DataFrame({"path": ["/1"], "label": ["A"], "photo": ["x"]})
+    assert np.isfinite(prediction_table(table, np.array([[0.0, 1.0]]), ("A", "B")).loss[0])
+
+
+def test_a_photograph_is_judged_by_the_mean_of_its_copies():
+    table = pd.DataFrame({"path": list("123"), "label": ["A"] * 3, "photo": ["x"] * 3})
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    metrics = Evaluation(prediction_table(table, probabilities, ("A", "B")), ("A", "B")).metrics
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["photo_accuracy"] == 1
+
+
+def test_classes_without_images_have_no_figures():
+    table = pd.DataFrame({"path": ["/1", "/2"], "label": ["A", "B"], "photo": ["x", "y"]})
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
+    metrics = Evaluation(prediction_table(table, probabilities, CLASSES), CLASSES).metrics
+    assert metrics["per_class"]["C"]["recall"] is None
+    assert metrics["per_class"]["C"]["auroc"] is None
+    assert metrics["macro_f1"] == 1
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_the_interval_resamples_photographs():
+    """A hundred copies of a photograph are one piece of evidence."""
+    rng = np.random.default_rng(0)
+    right = rng.random(50) < 0.8
+    single = bootstrap_ci(right, pd.Series(range(50)))
+    copied = bootstrap_ci(np.repeat(right, 100), pd.Series(np.repeat(range(50), 100)))
+    assert copied == pytest.approx(single, abs=1e-12)
+    as_files = bootstrap_ci(np.repeat(right, 100), pd.Series(range(5000)))
+    assert as_files[1] - as_files[0] < 0.2 * (single[1] - single[0])
+
+
+def test_the_interval_covers_the_truth():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap_ci(rng.random(100) < 0.7, pd.Series(range(100)))
+        hits += low <= 0.7 <= high
+    assert hits >= 180
+
+
+def test_calibration_error():
+    confidence = np.full(1000, 0.8)
+    assert calibration_error(confidence, np.arange(1000) < 800) == pytest.approx(0)
+    assert calibration_error(confidence, np.arange(1000) < 300) == pytest.approx(0.5)
+    assert calibration_error(np.ones(10), np.ones(10, bool)) == 0
+
+
+def test_top_losses():
+    evaluation = make_evaluation()
+    worst = evaluation.top_losses(5)
+    assert worst.loss.tolist() == sorted(evaluation.predictions.loss, reverse=True)[:5]

@@ -1,0 +1,72 @@
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from bloodcell_fastai.analysis import figures
+from bloodcell_fastai.analysis.evaluation import Evaluation, prediction_table
+
+
+@pytest.fixture
+def evaluation(demo_table):
+    table = demo_table.iloc[::5].reset_index(drop=True)
+    classes = tuple(sorted(set(table.label)))
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), len(table))
+    return Evaluation(prediction_table(table, probabilities, classes), classes)
+
+
+@pytest.fixture
+def history():
+    return pd.DataFrame(
+        {
+            "epoch": [1, 2, 3],
+            "train_loss": [1.0, 0.6, 0.4],
+            "valid_loss": [1.1, 0.7, 0.8],
+            "train_accuracy": [0.5, 0.8, 0.9],
+            "valid_accuracy": [0.4, 0.75, 0.7],
+        }
+    )
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for axis in figure.axes for text in axis.texts]
+
+
+def test_the_matrix_shows_counts_and_shares(evaluation):
+    shown = texts(figures.plot_confusion_matrix(evaluation))
+    matrix = evaluation.confusion_matrix
+    share = matrix[0, 1] / matrix[0].sum()
+    assert shown[1] == f"{matrix[0, 1]}\n{share:.1%}"
+    assert len(shown) == 16
+
+
+def test_the_curves_mark_the_kept_epoch(history):
+    loss, accuracy = figures.plot_history(history).axes
+    assert [line.get_xydata().tolist() for line in accuracy.lines][2] == [[2, 0.75]]
+    assert [line.get_xydata().tolist() for line in loss.lines][2] == [[2, 0.7]]
+
+
+def test_top_losses_say_what_was_wrong(evaluation):
+    figure = figures.plot_top_losses(evaluation, k=4)
+    worst = evaluation.top_losses(1).iloc[0]
+    title = figure.axes[0].get_title()
+    assert worst.label.capitalize() in title
+    assert f"loss {worst.loss:.2f}" in title
+
+
+def test_the_contact_sheet_names_every_class(demo_table):
+    figure = figures.contact_sheet(demo_table, per_class=3)
+    labels = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
+    assert [label.split("\n")[0].upper() for label in labels] == sorted(set(demo_table.label))
+
+
+@pytest.mark.parametrize("name", ["matrix", "curves", "losses"])
+def test_pictures_are_written(evaluation, history, tmp_path, name):
+    figure = {
+        "matrix": lambda: figures.plot_confusion_matrix(evaluation),
+        "curves": lambda: figures.plot_history(history),
+        "losses": lambda: figures.plot_top_losses(evaluation),
+    }[name]()
+    figures.save_figure(figure, tmp_path / "new" / "figure.png")
+    with Image.open(tmp_path / "new" / "figure.png") as image:
+        assert min(image.size) >= 600

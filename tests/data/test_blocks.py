@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import AffineCoordTfm, Normalize
+
+from bloodcell_fastai import BloodcellError, augmentation, blood_dls, split_table
+from bloodcell_fastai.data.blocks import image_dls, normalization
+from bloodcell_fastai.data.dataset import open_image
+
+ARCH = "maxvit_nano_rw_256.sw_in1k"
+
+
+@pytest.fixture(scope="module")
+def table(demo_table):
+    return split_table(demo_table, "photo")
+
+
+@pytest.fixture(scope="module")
+def dls(table):
+    return blood_dls(table, size=64, bs=8, num_workers=0)
+
+
+def test_a_batch(dls, table):
+    images, labels = dls.one_batch()
+    assert images.shape == (8, 3, 64, 64)
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert list(dls.vocab) == sorted(set(table.label))
+    assert len(dls.train_ds) == (table.part == "train").sum()
+    assert len(dls.valid_ds) == (table.part == "valid").sum()
+
+
+def test_labels_follow_the_table(dls, table):
+    valid = table[table.part == "valid"]
+    names = [dls.vocab[label] for _, label in dls.valid_ds]
+    assert names == valid.label.tolist()
+
+
+def test_normalised_with_the_models_own_numbers(dls):
+    normalize = dls.valid.after_batch.fs.filter(lambda tfm: isinstance(tfm, Normalize))
+    assert len(normalize) == 1
+    assert normalize[0].mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    resnet = normalization("resnet18.a1_in1k")
+    assert resnet.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_validation_pictures_are_squeezed_whole(dls, table):
+    path = table.path[table.part == "valid"].iloc[0]
+    image = dls.valid.one_batch()[0][0]
+    expected = np.asarray(open_image(path).resize((64, 64), 2)) / 255 * 2 - 1
+    assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 0.02
+
+
+def test_prediction_sees_the_validation_pictures(dls, table):
+    valid = table[table.part == "valid"]
+    unlabelled = image_dls(valid.path, ARCH, size=64, bs=8, num_workers=0)
+    assert torch.equal(unlabelled.valid.one_batch()[0], dls.valid.one_batch()[0])
+
+
+def test_training_pictures_vary_and_validation_pictures_do_not(table):
+    one = table.assign(part=["train", *["valid"] * (len(table) - 1)])
+    one = one[(one.part == "train") | (one.label == one.label.iloc[0])]
+    dls = blood_dls(one, size=64, bs=1, num_workers=0, classes=sorted(set(one.label)))
+    train = [dls.train.one_batch()[0] for _ in range(2)]
+    valid = [dls.valid.one_batch()[0] for _ in range(2)]
+    assert not torch.equal(*train)
+    assert torch.equal(*valid)
+
+
+def test_augmentation_interpolates_once():
+    affine = [tfm for tfm in augmentation() if isinstance(tfm, AffineCoordTfm)]
+    assert len(affine) == 1
+    assert len(affine[0].aff_fs) == 3  # flips, rotation, zoom
+    assert len(affine[0].coord_fs) == 1  # warp
+    assert len(augmentation()) == 2  # the other is brightness and contrast
+
+
+def test_augmentation_leaves_no_black_corners(table):
+    bright = blood_dls(table, size=64, bs=16, num_workers=0, batch_tfms=augmentation(lighting=0))
+    plain = blood_dls(table, size=64, bs=16, num_workers=0, batch_tfms=[])
+    share = [(dls.train.one_batch()[0] < -0.98).all(1).float().mean() for dls in (bright, plain)]
+    # Rotating by any angle with black fill would add a fifth of the picture and more.
+    assert share[0] < share[1] + 0.1
+
+
+def test_show_batch(dls):
+    dls.show_batch(max_n=4)
+
+
+def test_the_order_of_the_classes_can_be_given(table):
+    classes = sorted(set(table.label), reverse=True)
+    assert list(blood_dls(table, size=64, num_workers=0, classes=classes).vocab) == classes
+
+
+def test_labels_the_model_does_not_know_are_refused(table):
+    with pytest.raises(BloodcellError, match="Not a class of this model: NEUTROPHIL"):
+        blood_dls(table, size=64, classes=["EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE"])
+
+
+def test_an_unsplit_table_is_refused(demo_table):
+    with pytest.raises(BloodcellError, match="not split"):
+        blood_dls(demo_table)

@@ -1,0 +1,219 @@
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bloodcell_fastai import BloodcellError
+from bloodcell_fastai.data import dataset
+from bloodcell_fastai.data.dataset import image_size, open_dataset, open_image, read_folder, unpack
+
+
+def write_images(folder: Path, *names: str, size=(32, 24)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, name in enumerate(names):
+        pixels = np.random.default_rng(index).integers(0, 255, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+def zip_folder(folder: Path, target: Path) -> Path:
+    with zipfile.ZipFile(target, "w") as zipped:
+        for path in sorted(folder.rglob("*")):
+            zipped.write(path, path.relative_to(folder))
+    return target
+
+
+def refuse_download() -> Path:
+    raise BloodcellError("Kaggle cannot be reached (test).")
+
+
+def test_demo_has_kaggles_layout(demo):
+    assert set(demo.table.columns) == {"path", "label", "subset", "photo"}
+    assert list(demo.counts.index) == ["TEST", "TEST_SIMPLE", "TRAIN"]
+    assert demo.table.label.nunique() == 4
+    assert len(demo.originals) == 32
+    assert demo.sizes == {(320, 240): len(demo.table)}
+    assert demo.warnings == ()
+
+
+def test_a_zip_gives_the_same_table_as_its_folder(demo, demo_root, tmp_path):
+    archive = zip_folder(demo_root, tmp_path / "blood.zip")
+    found = open_dataset(archive, home=tmp_path / "data")
+    for column in ("label", "subset"):
+        assert found.table[column].tolist() == demo.table[column].tolist()
+    assert len(found.originals) == len(demo.originals)
+
+
+def test_a_zip_is_unpacked_once(tmp_path):
+    write_images(tmp_path / "set/A", "1.png", "2.png")
+    write_images(tmp_path / "set/B", "1.png", "2.png")
+    archive = zip_folder(tmp_path / "set", tmp_path / "set.zip")
+    calls = []
+    for _ in range(2):
+        found = open_dataset(
+            archive, tmp_path / "data", progress=lambda what, *_: calls.append(what)
+        )
+    assert len(found.table) == 4
+    assert calls.count("Unpacking") == 4  # the four members of the first time
+
+
+def test_an_interrupted_unpack_leaves_nothing(tmp_path, monkeypatch):
+    write_images(tmp_path / "set/A", "1.png", "2.png")
+    archive = zip_folder(tmp_path / "set", tmp_path / "set.zip")
+
+    def stop(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unpack(archive, tmp_path / "out", progress=stop)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == []
+    unpack(archive, tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "/evil.jpg", "a/../../evil.jpg", "C:/evil.jpg"])
+def test_a_member_outside_the_target_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as zipped:
+        zipped.writestr("A/1.jpg", b"x")
+        zipped.writestr(name, b"x")
+    with pytest.raises(BloodcellError, match="outside"):
+        unpack(tmp_path / "bad.zip", tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep" / "out").exists()
+    assert not list(tmp_path.rglob("evil.jpg"))
+
+
+def test_a_damaged_zip_is_an_error(tmp_path):
+    write_images(tmp_path / "set/A", "1.png", "2.png")
+    archive = zip_folder(tmp_path / "set", tmp_path / "set.zip")
+    damaged = bytearray(archive.read_bytes())
+    damaged[200:260] = bytes(60)
+    archive.write_bytes(damaged)
+    with pytest.raises(BloodcellError, match="cannot be unpacked|not a zip"):
+        unpack(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "subsets"),
+    [
+        (["A", "B"], {""}),
+        (["train/A", "train/B", "valid/A", "valid/B"], {"train", "valid"}),
+        (["train/A", "train/B", "test/A", "test/B"], {"train", "test"}),
+        (["nested/once/A", "nested/once/B"], {""}),
+        (["A/more", "B/.hidden", "B"], {""}),
+    ],
+)
+def test_folder_trees(tmp_path, folders, subsets):
+    for folder in folders:
+        write_images(tmp_path / folder, "1.png", "2.jpg")
+    found = read_folder(tmp_path)
+    assert set(found.table.label) == {"A", "B"}
+    assert set(found.table.subset) == subsets
+    assert len(found.table) == 2 * len([f for f in folders if ".hidden" not in f])
+
+
+def test_unreadable_images_are_listed_and_left_out(tmp_path):
+    names = [f"{number}.jpg" for number in range(30)]
+    write_images(tmp_path / "A", *names)
+    write_images(tmp_path / "B", *names)
+    truncated = tmp_path / "A" / "3.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:-200])
+    (tmp_path / "B" / "7.jpg").write_text("no image")
+    found = read_folder(tmp_path)
+    assert [path.name for path in found.unreadable] == ["3.jpg", "7.jpg"]
+    assert len(found.table) == 58
+
+
+def test_too_many_unreadable_images_are_an_error(tmp_path):
+    write_images(tmp_path / "A", "1.jpg", "2.jpg")
+    write_images(tmp_path / "B", "1.jpg")
+    (tmp_path / "B" / "2.jpg").write_bytes(b"")
+    with pytest.raises(BloodcellError, match=r"1 of 4 images cannot be read"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: None, "No images"),
+        (lambda root: write_images(root / "A", "1.png"), "Only one class"),
+        (lambda root: shutil.rmtree(root), "No folder"),
+    ],
+)
+def test_folders_without_data(tmp_path, prepare, message):
+    root = tmp_path / "root"
+    root.mkdir()
+    prepare(root)
+    with pytest.raises(BloodcellError, match=message):
+        read_folder(root)
+
+
+def test_a_file_that_is_no_zip(tmp_path):
+    (tmp_path / "notes.zip").write_text("hello")
+    with pytest.raises(BloodcellError, match="neither a folder nor a zip"):
+        open_dataset(tmp_path / "notes.zip", home=tmp_path / "data")
+
+
+def test_data_in_its_home_is_found(tmp_path):
+    write_images(tmp_path / "data/mine/A", "1.png")
+    write_images(tmp_path / "data/mine/B", "1.png")
+    found = open_dataset(home=tmp_path / "data", download=refuse_download)
+    assert found.root == tmp_path / "data/mine"
+
+
+def test_a_download_is_used(tmp_path):
+    write_images(tmp_path / "kaggle/A", "1.png")
+    write_images(tmp_path / "kaggle/B", "1.png")
+    found = open_dataset(home=tmp_path / "data", download=lambda: tmp_path / "kaggle")
+    assert found.root == tmp_path / "kaggle"
+
+
+def test_without_data_or_network_the_demo_comes_with_a_warning(tmp_path, demo_root, monkeypatch):
+    monkeypatch.setattr(dataset, "make_demo", lambda folder: shutil.copytree(demo_root, folder))
+    found = open_dataset(home=tmp_path / "data", download=refuse_download)
+    assert found.root == tmp_path / "data" / "demo"
+    assert "DEMO DATA" in found.warnings[0]
+    assert "cannot be reached" in found.warnings[0]
+
+
+def test_download_failure_says_what_to_do(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(dataset.socket, "create_connection", offline)
+    with pytest.raises(BloodcellError, match="no route to host") as caught:
+        dataset.download_kaggle()
+    assert dataset.KAGGLE_URL in caught.value.hint
+
+
+def test_an_incomplete_kaggle_set_is_noticed(demo_root, tmp_path):
+    copy = shutil.copytree(demo_root, tmp_path / "copy")
+    (copy / "truth.csv").unlink()  # what tells the demo from the real set
+    assert "Not the whole Kaggle set" in read_folder(copy).warnings[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_kind_of_image_is_read_as_rgb(tmp_path, mode):
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    Image.new("RGB", (20, 10), (200, 100, 50)).convert(mode).save(path)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (20, 10))
+    assert image_size(path) == (20, 10)
+
+
+def test_images_are_turned_as_their_exif_says(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[274] = 6  # a quarter turn
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
+
+
+def test_real_counts(real_data):
+    expected = dataset.KAGGLE_COUNTS
+    assert real_data.counts.to_dict("index") == expected
+    assert real_data.warnings == ()
+    assert len(real_data.originals) == 366
+    assert real_data.unreadable == ()

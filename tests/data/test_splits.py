@@ -1,0 +1,100 @@
+import pandas as pd
+import pytest
+
+from bloodcell_fastai import BloodcellError, leakage, split_table
+
+
+def make_table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
+    """An image table from (label, subset, photo)."""
+    table = pd.DataFrame(rows, columns=["label", "subset", "photo"])
+    return table.assign(path=[f"/{index}.jpg" for index in range(len(table))])
+
+
+def two_classes(photos: int = 10, copies: int = 4) -> pd.DataFrame:
+    return make_table(
+        [
+            (label, "", f"{label}{photo}")
+            for label in "AB"
+            for photo in range(photos)
+            for _ in range(copies)
+        ]
+    )
+
+
+def counts(table: pd.DataFrame, part: str) -> dict[str, int]:
+    return table.label[table.part == part].value_counts().sort_index().to_dict()
+
+
+def test_random_is_a_stratified_fifth_of_the_images():
+    table = split_table(two_classes(), "random")
+    assert counts(table, "valid") == {"A": 8, "B": 8}
+    assert counts(table, "train") == {"A": 32, "B": 32}
+
+
+def test_random_leaks_and_photo_does_not(demo_table):
+    assert leakage(split_table(demo_table, "random")) > 0.5
+    assert leakage(split_table(demo_table, "photo")) == 0
+
+
+def test_photo_takes_about_a_fifth_of_every_class():
+    table = split_table(two_classes(), "photo")
+    assert counts(table, "valid") == {"A": 8, "B": 8}
+    assert not set(table.photo[table.part == "train"]) & set(table.photo[table.part == "valid"])
+
+
+@pytest.mark.parametrize("how", ["random", "photo"])
+def test_the_seed_decides(how):
+    table = two_classes()
+    again = [split_table(table, how, seed).part.tolist() for seed in (1, 1, 2)]
+    assert again[0] == again[1] != again[2]
+
+
+def test_official_uses_the_folders_and_leaves_test_simple_out(demo_table):
+    table = split_table(demo_table, "official")
+    parts = table.groupby("subset").part.unique().map(list).to_dict()
+    assert parts == {"TRAIN": ["train"], "TEST": ["valid"], "TEST_SIMPLE": [""]}
+
+
+def test_official_prefers_valid_to_test():
+    rows = [(label, subset, "") for label in "AB" for subset in ("train", "valid", "test")]
+    table = split_table(make_table(rows).assign(photo=lambda t: t.path), "official")
+    assert table.part.tolist() == ["train", "valid", ""] * 2
+
+
+def test_leakage_is_unknown_without_photographs():
+    table = two_classes().assign(photo=lambda t: t.path)
+    assert leakage(split_table(table, "random")) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "message"),
+    [
+        ([("A", "", "1"), ("B", "", "2")], "official", "no folders of its own"),
+        ([("A", "", "1"), ("A", "", "2"), ("B", "", "3")], "random", "B has a single image"),
+        (
+            [("A", "", "1"), ("A", "", "2"), ("B", "", "3"), ("B", "", "3")],
+            "photo",
+            "B has a single photograph",
+        ),
+        (
+            [("A", "train", "1"), ("B", "train", "2"), ("C", "valid", "3")],
+            "official",
+            "Only in validation, never in training: C",
+        ),
+        ([("A", "train", "1"), ("A", "valid", "2")], "official", "two classes or more"),
+    ],
+)
+def test_impossible_splits(rows, how, message):
+    with pytest.raises(BloodcellError, match=message):
+        split_table(make_table(rows), how)
+
+
+def test_the_published_split(real_data):
+    table = split_table(real_data.table, "random")
+    assert counts(table, "valid") == {
+        "EOSINOPHIL": 627,
+        "LYMPHOCYTE": 622,
+        "MONOCYTE": 620,
+        "NEUTROPHIL": 634,
+    }
+    assert (table.part == "valid").sum() == 2503

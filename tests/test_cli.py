@@ -1,0 +1,174 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+COMMANDS = ["data", "audit", "fit", "interpret", "predict"]
+LITE0 = "tf_efficientnet_lite0"
+
+
+def test_help_lists_every_command_with_a_line(bloodcell):
+    done = bloodcell("--help", env={"COLUMNS": "120"})
+    assert done.returncode == 0
+    for name in COMMANDS:
+        lines = [line for line in done.stdout.splitlines() if f" {name} " in line]
+        assert len(lines) == 1, name
+        assert len(lines[0].split()) > 5, name
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom bloodcell_fastai.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "assert not {'torch', 'fastai', 'timm', 'pandas', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_checkouts_cli_runs_the_same_commands():
+    script = Path(__file__).parents[1] / "cli.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "interpret" in done.stdout
+
+
+def test_from_images_to_report(bloodcell, demo_root, lite0_weights, tmp_path):
+    """The whole way through the installed command; the figures must agree with one another."""
+    done = bloodcell(
+        *("fit", "--data", demo_root, "--split", "random", "--epochs", 2, "--name", "first"),
+        *("--arch", LITE0, "--weights", lite0_weights, "--size", 64, "--batch-size", 16),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Epoch [1/2]  Train Loss: " in done.stdout
+    assert "Saved new best model with val_acc: " in done.stdout
+    assert "Leakage" in done.stdout
+    assert "\r" not in done.stdout
+    run = tmp_path / "runs" / "first"
+
+    done = bloodcell("interpret")
+    assert done.returncode == 0, done.stderr
+    assert "precision" in done.stdout
+    for name in (
+        *("config.json", "split.csv", "history.csv", "model.safetensors", "predictions.csv"),
+        *("metrics.json", "report/confusion_matrix.png", "report/curves.png"),
+        *("report/top_losses.png", "report/classification_report.txt"),
+    ):
+        assert (run / name).stat().st_size > 0, name
+
+    metrics = pd.read_json(run / "metrics.json", typ="series")
+    predictions = pd.read_csv(run / "predictions.csv")
+    history = pd.read_csv(run / "history.csv")
+    split = pd.read_csv(run / "split.csv")
+    matrix = np.array(metrics.confusion_matrix)
+    valid = split[split.part == "valid"]
+    assert matrix.sum() == len(valid) == len(predictions) == metrics.n_images
+    assert metrics.accuracy == pytest.approx(np.trace(matrix) / matrix.sum())
+    assert metrics.accuracy == pytest.approx(history.valid_accuracy.max(), abs=1e-4)
+    supports = {name: row["support"] for name, row in metrics.per_class.items()}
+    assert supports == valid.label.value_counts().sort_index().to_dict()
+    assert predictions.filter(like="p_").sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-3)
+
+    done = bloodcell("predict", demo_root / "dataset-master", "--out", "out.csv")
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_csv(tmp_path / "out.csv")) == 32
+
+
+def test_a_dry_run_writes_the_plan_and_stops(bloodcell, demo_root, tmp_path):
+    done = bloodcell(
+        *("fit", "--data", demo_root, "--dry-run", "--name", "plan", "--arch", "resnet18"),
+        *("--weights", "none", "--size", 64, "--batch-size", 16, "--epochs", 3),
+    )
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "runs" / "plan").iterdir())
+    assert names == ["config.json", "split.csv"]
+    for word in ("Split", "Leakage", "Steps", "Time     about", "3 epochs"):
+        assert word in done.stdout
+
+
+def test_random_weights_are_announced(bloodcell, demo_root):
+    done = bloodcell(
+        *("fit", "--data", demo_root, "--dry-run", "--arch", "resnet18", "--size", 64),
+        env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "no-cache"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "RANDOM WEIGHTS" in done.stderr
+
+
+def test_data_describes_and_draws(bloodcell, demo_root, tmp_path):
+    done = bloodcell("data", "--data", demo_root)
+    assert done.returncode == 0, done.stderr
+    assert "TEST_SIMPLE" in done.stdout
+    assert "320x240" in done.stdout
+    with Image.open(tmp_path / "data" / "contact-sheet.png") as sheet:
+        assert min(sheet.size) > 500
+
+
+def test_audit_finds_the_photographs_and_fit_uses_them(bloodcell, demo_root, tmp_path):
+    copy = shutil.copytree(demo_root, tmp_path / "mine")
+    (copy / "photos.csv").unlink()
+    plan = ("fit", "--data", copy, "--dry-run", "--arch", "resnet18", "--weights", "none")
+    small = ("--size", 64, "--batch-size", 16)
+    done = bloodcell(*plan, *small, "--split", "random")
+    assert "Leakage  unknown" in done.stdout
+    assert "bloodcell audit" in done.stdout
+
+    done = bloodcell("audit", "--data", copy, "--out", copy)
+    assert done.returncode == 0, done.stderr
+    assert "31 independent fields" in done.stdout
+    assert (copy / "siblings-random.png").is_file()
+
+    done = bloodcell(*plan, *small, "--split", "random")
+    assert "have a copy of their own photograph in training" in done.stdout
+    done = bloodcell(*plan, *small)
+    assert "Leakage  none" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["fit", "--data", "nowhere"], 1, "No file or folder nowhere"),
+        (["fit", "--data", "empty"], 1, "No images in"),
+        (["fit", "--data", "text.zip"], 1, "neither a folder nor a zip"),
+        (["fit", "--data", "one"], 1, "Only one class"),
+        (["fit", "--data", "new-class", "--split", "official"], 1, "Only in validation"),
+        (["fit", "--epochs", "0"], 2, "epochs is 0"),
+        (["fit", "--epochs", "many"], 2, "many"),
+        (["fit", "--lr", "-1"], 2, "lr is '-1'"),
+        (["fit", "--size", "7"], 2, "size is 7"),
+        (["fit", "--split", "best"], 2, "split is 'best'"),
+        (["fit", "--data", "DEMO", "--arch", "maxvit_nanu"], 2, "no architecture 'maxvit_nanu'"),
+        (["fit", "--data", "DEMO", "--weights", "none", "--size", "100"], 2, "cannot take 100 px"),
+        (["fit", "--data", "DEMO", "--weights", "gone.pth"], 1, "No weights file gone.pth"),
+        (["fit", "--data", "DEMO", "--device", "tpu"], 1, "No device 'tpu'"),
+        (["fit", "--data", "DEMO", "--weights", "none", "--name", "a/b"], 1, "cannot name a run"),
+        (["fit", "--resume"], 1, "No unfinished run"),
+        (["interpret"], 1, "No run in"),
+        (["interpret", "gone"], 1, "gone is not a run"),
+        (["predict", "x.jpg"], 1, "No run in"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_errors_are_two_lines_and_an_exit_code(bloodcell, demo_root, tmp_path, args, code, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.zip").write_text("hello")
+    for name in ("one/A", "new-class/train/A", "new-class/train/B", "new-class/test/C"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / name / "1.png")
+    done = bloodcell(*[demo_root if arg == "DEMO" else arg for arg in args])
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if done.stderr.startswith("Error:"):
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 2
+        assert lines[1].startswith("Hint:  ")
+
+
+def test_debug_shows_the_traceback(bloodcell):
+    done = bloodcell("--debug", "interpret")
+    assert "Traceback" in done.stderr
