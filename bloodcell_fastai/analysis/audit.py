@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 
 from ..config import SPLITS
 from ..data.dataset import Dataset, Progress, no_progress
-from ..data.provenance import COLUMNS, digest, find_photos, known_photos
+from ..data.provenance import COLUMNS, digest, find_photos, known_photos, overlap
 from ..data.splits import leakage, split_table
 from ..errors import BloodcellError
 from ..files import write_json, write_text
@@ -46,14 +48,22 @@ class Audit:
             for name in (*SPLITS, *(self.splits.keys() - set(SPLITS)))
         }
 
-    @property
+    @cached_property
     def contradictions(self) -> list[dict]:
-        """Fields under more than one label: ``photo`` and images per label."""
-        labels = self.table.groupby("photo").label
+        """Fields under more than one label: ``photo``, images per label, and ``overlap``.
+
+        ``overlap`` is the share, 0 to 1, of one photograph that another one of the other label
+        shows too, the largest there is: near 1 they are one cell under two labels, near 0 two
+        neighbours.
+        """
         return [
-            {"photo": photo, "labels": group.value_counts().to_dict()}
-            for photo, group in labels
-            if group.nunique() > 1
+            {
+                "photo": photo,
+                "labels": group.label.value_counts().to_dict(),
+                "overlap": _overlap_across_labels(group),
+            }
+            for photo, group in self.table.groupby("photo")
+            if group.label.nunique() > 1
         ]
 
     @property
@@ -185,13 +195,26 @@ def describe_audit(result: Audit) -> str:
     ]
     for found in summary["contradictory_labels"]:
         labels = ", ".join(f"{label} ({n} images)" for label, n in found["labels"].items())
-        lines.append(f"One field under two labels: {found['photo']} is {labels}")
+        lines.append(
+            f"One field under two labels: {found['photo']} is {labels}; "
+            f"they overlap by {found['overlap']:.0%}"
+        )
     lines.append("Leakage, the share of validation images whose photograph is also in training:")
     for name, share in summary["leakage"].items():
         lines.append(f"  {name:<10} {'not possible here' if share is None else f'{share:.1%}'}")
     for pair in summary["official_pairs"]:
         lines.append(f"  official: {' '.join(pair['train'])} | {' '.join(pair['valid'])}")
     return "\n".join(lines)
+
+
+def _overlap_across_labels(field: pd.DataFrame) -> float:
+    """The largest overlap of two photographs of one field under different labels.
+
+    Each is judged by the copy that matches it best, which shows nearly all of it.
+    """
+    best = field.sort_values("inliers", ascending=False).drop_duplicates(["original", "label"])
+    pairs = combinations(best.itertuples(), 2)
+    return max(overlap(Path(a.path), Path(b.path)) for a, b in pairs if a.label != b.label)
 
 
 def _leakage(table: pd.DataFrame) -> float:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pandas as pd
 from fastai.callback.mixup import MixUp
-from fastai.vision.all import Learner
+from fastai.vision.all import Learner, set_seed
 
 from ..config import Config
 from ..data.blocks import config_dls
@@ -48,7 +48,11 @@ def phases(config: Config) -> list[Phase]:
 
 
 def make_learner(config: Config, table: pd.DataFrame, weights: str | None = None) -> Learner:
-    """The learner of a run: its batches, its model, and mixup if it asks for it."""
+    """The learner of a run: its batches, its model, and mixup if it asks for it.
+
+    The seed decides the weights that start at random.
+    """
+    set_seed(config.seed)
     return blood_learner(
         config_dls(table, config),
         arch=config.arch,

@@ -175,10 +175,10 @@ def describe_leakage(share: float | None) -> str:
         return "unknown: which images show the same photograph is not known; see bloodcell audit"
     if share == 0:
         return "none: no validation image has a copy of its photograph in training"
-    return (
-        f"{share:.1%} of the validation images have a copy of their own photograph in training, "
-        "so the score says how well the model remembers, not how well it reads new photographs"
-    )
+    copies = f"{share:.1%} of the validation images have a copy of their own photograph in training"
+    if share < 0.5:
+        return f"{copies}: the score is better than it would be on new photographs"
+    return f"{copies}: the score says how well the model remembers, not how it does on new ones"
 
 
 def duration(seconds: float) -> str:

@@ -56,6 +56,7 @@ def test_a_contradiction_is_reported(audited):
     (found,) = contradicting.contradictions
     assert found["photo"] == first
     assert found["labels"]["NEUTROPHIL"] == 1
+    assert found["overlap"] > 0.5  # copies of one photograph
     assert f"One field under two labels: {first}" in describe_audit(contradicting)
 
 
