@@ -14,6 +14,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from typer import Abort
+from typer.exceptions import TyperException
 
 from .config import Config
 from .errors import BloodcellError, usage_error
@@ -296,14 +298,28 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
+        code = app(prog_name="bloodcell", standalone_mode=False)
     except BloodcellError as error:
         if debug:
             raise
-        errors.print(Text(f"Error: {error.message}", style="bold red"))
-        if error.hint:
-            errors.print(Text(f"Hint:  {error.hint}"))
-        raise SystemExit(error.exit_code) from None
+        code = _show_error(error)
+    except TyperException as error:  # a word the command line does not know
+        command = context.command_path if (context := getattr(error, "ctx", None)) else "bloodcell"
+        # Without a command Typer has printed the help and has no message of its own.
+        message = error.format_message()
+        code = _show_error(usage_error(message, f"See {command} --help.")) if message else 2
+    except (Abort, KeyboardInterrupt):
+        code = _show_error(
+            BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", 130)
+        )
+    raise SystemExit(code)
+
+
+def _show_error(error: BloodcellError) -> int:
+    errors.print(Text(f"Error: {error.message}", style="bold red"))
+    if error.hint:
+        errors.print(Text(f"Hint:  {error.hint}"))
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def load_learner(run: Run) -> Learner:
     Raises:
         BloodcellError: the run has no model yet, or its files do not fit together.
     """
+    run.require_model()
     config = replace(run.config, device="auto")
     table = run.table
     if not photos_known(table):  # they may have been found since the training
