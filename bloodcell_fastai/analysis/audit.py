@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pandas as pd
 
 from ..config import SPLITS
 from ..data.dataset import Dataset, Progress, no_progress
-from ..data.provenance import COLUMNS, digest, find_photos, known_photos, overlap
+from ..data.provenance import COLUMNS, digest, find_photos, known_photos, match_pair, overlap
 from ..data.splits import leakage, split_table
 from ..errors import BloodcellError
 from ..files import write_json, write_text
@@ -169,15 +169,23 @@ def sibling_pairs(table: pd.DataFrame | None, per_class: int = 1) -> list[Pair]:
 def official_pair_images(result: Audit, at_most: int = 6) -> list[Pair]:
     """An image of either side for the fields that the official split shares.
 
-    The side with more inliers shows its photograph most plainly.
+    Of each photograph the copy with the most inliers stands for it; of a field's photographs
+    those two are shown that have most in common.
     """
     if not result.official_pairs:
         return []
     table = result.splits["official"].sort_values("inliers", ascending=False)
-    first = table[table.part != ""].drop_duplicates(["photo", "part"])
-    first = first.set_index(["photo", "part"]).path
-    photos = [pair["photo"] for pair in result.official_pairs[:at_most]]
-    return [(first[photo, "train"], first[photo, "valid"]) for photo in photos]
+    best = table[table.part != ""].drop_duplicates("original")
+    pairs = []
+    for pair in result.official_pairs[:at_most]:
+        field = best[best.photo == pair["photo"]]
+        sides = [field.path[field.part == part] for part in ("train", "valid")]
+        pairs.append(max(product(*sides), key=_matches))
+    return pairs
+
+
+def _matches(pair: Pair) -> int:
+    return len(match_pair(Path(pair[0]), Path(pair[1]))[0])
 
 
 def describe_audit(result: Audit) -> str:

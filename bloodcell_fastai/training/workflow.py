@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         images: images per class (rows) in ``train`` and ``valid`` (columns).
-        photos: the same in photographs; None if they are not known.
+        photos: photographs in ``train`` and ``valid``; None if they are not known.
         leakage: share of validation images with a copy of their photograph in training, 0 to
             1; None if the photographs are not known.
         steps: optimizer steps per epoch.
@@ -33,7 +33,7 @@ class Plan:
     """
 
     images: pd.DataFrame
-    photos: pd.DataFrame | None
+    photos: pd.Series | None
     leakage: float | None
     steps: int
     epochs: tuple[int, int]
@@ -134,9 +134,7 @@ def make_plan(config: Config, table: pd.DataFrame, learn: Learner, timed: bool =
     """What a run with these options on this table will do; ``timed`` runs a few batches."""
     used = table[table.part != ""]
     share = leakage(table)
-    photos = None
-    if share is not None:
-        photos = used.groupby(["label", "part"]).photo.nunique().unstack(fill_value=0)
+    photos = used.groupby("part").photo.nunique() if share is not None else None
     return Plan(
         images=pd.crosstab(used.label, used.part),
         photos=photos,
@@ -162,7 +160,7 @@ def describe(plan: Plan, config: Config, run: Run) -> str:
         + (f", the head alone in the first {plan.epochs[1]}" if plan.epochs[1] else ""),
     ]
     if plan.photos is not None:
-        counts = f"{plan.photos['train'].sum()} train, {plan.photos['valid'].sum()} validate"
+        counts = f"{plan.photos['train']:,} train, {plan.photos['valid']:,} validate"
         lines.insert(3, f"Photos   {counts}")
     if plan.seconds is not None:
         lines.append(f"Time     about {duration(plan.seconds)} on this machine")
