@@ -58,6 +58,7 @@ class Config:
     pretrained: bool = False
     weights_used: str = ""
     versions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name, low, high in _RANGES:
@@ -74,6 +75,11 @@ class Config:
                 f"freeze_epochs ({self.freeze_epochs}) leaves nothing of {self.epochs} epochs.",
                 "Use more --epochs or fewer --freeze-epochs.",
             )
+
+    @property
+    def start(self) -> str:
+        """What the model started from, in words."""
+        return "random weights" if self.weights_used == "none" else self.weights_used
 
     def save(self, path: Path) -> None:
         """Write the config to ``path`` as JSON."""

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from bloodcell_fastai import Config
+
 COMMANDS = ["data", "audit", "fit", "interpret", "predict"]
 LITE0 = "tf_efficientnet_lite0"
 
@@ -90,13 +92,15 @@ def test_a_dry_run_writes_the_plan_and_stops(bloodcell, demo_root, tmp_path):
         assert word in done.stdout
 
 
-def test_random_weights_are_announced(bloodcell, demo_root):
+def test_random_weights_are_announced_and_remembered(bloodcell, demo_root, tmp_path):
     done = bloodcell(
         *("fit", "--data", demo_root, "--dry-run", "--arch", "resnet18", "--size", 64),
         env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "no-cache"},
     )
     assert done.returncode == 0, done.stderr
     assert "RANDOM WEIGHTS" in done.stderr
+    (config,) = tmp_path.glob("runs/*/config.json")
+    assert "RANDOM WEIGHTS" in Config.load(config).warnings[0]
 
 
 def test_data_describes_and_draws(bloodcell, demo_root, tmp_path):

@@ -130,7 +130,8 @@ def summarise(result: Interpretation, config: Config) -> str:
     unit = "photographs" if metrics["photos_known"] else "images (photographs unknown)"
     return "\n".join(
         [
-            f"{config.arch} from {config.weights_used}, {config.size} px, "
+            *(f"WARNING: {warning}" for warning in config.warnings),
+            f"{config.arch} from {config.start}, {config.size} px, "
             + (f"{config.folds} folds" if config.folds else f"split {config.split}"),
             f"Leakage: {describe_leakage(result.leakage)}",
             f"Accuracy per image       {_with_interval(metrics, 'accuracy')}"

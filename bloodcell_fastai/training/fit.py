@@ -99,6 +99,7 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
     if checkpoint:
         checkpoint.restore_model(learn)
     learn.path = run.path
+    use_progress(learn, 0, config.epochs)
     if config.lr == 0:
         config = replace(config, lr=find_lr(learn, run, say))
         config.save(run.path / "config.json")

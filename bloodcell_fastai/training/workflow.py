@@ -76,7 +76,8 @@ def prepare(config: Config, reporter: Reporter) -> tuple[Config, pd.DataFrame]:
     table = with_photos(dataset.table, dataset.root)
     if (kept := kept_split(table, config.split)) != config.split:
         reporter.say("The data set has a split of its own, which is kept: --split official.")
-    return replace(config, data=str(dataset.root), split=kept), table
+    config = replace(config, data=str(dataset.root), split=kept, warnings=dataset.warnings)
+    return config, table
 
 
 def train_table(
@@ -90,10 +91,11 @@ def train_table(
     except BloodcellError:
         run.remove()  # it holds nothing yet
         raise
+    config = resolve(config, learn)
     for warning in caught:
         if issubclass(warning.category, WeightsWarning):
             reporter.warn(str(warning.message))
-    config = resolve(config, learn)
+            config = replace(config, warnings=(*config.warnings, str(warning.message)))
     run.start(config, table)
     reporter.say(describe(make_plan(config, table, learn, timed=dry_run), config, run))
     if not dry_run:
@@ -155,7 +157,7 @@ def describe(plan: Plan, config: Config, run: Run) -> str:
         + ", ".join(f"{label} {n:,}" for label, n in plan.images["valid"].items())
         + ")",
         f"Leakage  {describe_leakage(plan.leakage)}",
-        f"Model    {config.arch} from {config.weights_used} at {config.size} px on {config.device}",
+        f"Model    {config.arch} from {config.start} at {config.size} px on {config.device}",
         f"Steps    {plan.steps} of {config.batch_size} images per epoch, {plan.epochs[0]} epochs"
         + (f", the head alone in the first {plan.epochs[1]}" if plan.epochs[1] else ""),
     ]
