@@ -55,9 +55,10 @@ class Evaluation:
             table.label, table.predicted, labels=self.classes, digits=4, zero_division=0
         )
 
-    def top_losses(self, k: int = 9) -> pd.DataFrame:
-        """The ``k`` images with the highest loss, highest first."""
-        return self.predictions.nlargest(k, "loss")
+    def top_losses(self, k: int = 9, one_per_photo: bool = False) -> pd.DataFrame:
+        """The ``k`` images with the highest loss, highest first; at will one of a photograph."""
+        worst = self.predictions.sort_values("loss", ascending=False)
+        return (worst.drop_duplicates("photo") if one_per_photo else worst).head(k)
 
 
 def evaluate(learn: Learner) -> Evaluation:

@@ -95,8 +95,11 @@ def plot_confusion_matrix(evaluation: Evaluation) -> Figure:
 
 
 def plot_top_losses(evaluation: Evaluation, k: int = 9) -> Figure:
-    """The images the model was most wrong about, with what it said and how sure it was."""
-    worst = evaluation.top_losses(k)
+    """The images the model was most wrong about, with what it said and how sure it was.
+
+    Of each photograph one copy is shown: the others say the same.
+    """
+    worst = evaluation.top_losses(k, one_per_photo=True)
     return _gallery(
         [
             (

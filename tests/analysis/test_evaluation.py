@@ -120,3 +120,6 @@ def test_top_losses():
     evaluation = make_evaluation()
     worst = evaluation.top_losses(5)
     assert worst.loss.tolist() == sorted(evaluation.predictions.loss, reverse=True)[:5]
+    spread = evaluation.top_losses(5, one_per_photo=True)
+    assert spread.photo.nunique() == 5
+    assert spread.loss.iloc[0] == worst.loss.iloc[0]
