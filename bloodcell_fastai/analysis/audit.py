@@ -10,7 +10,15 @@ import pandas as pd
 
 from ..config import SPLITS
 from ..data.dataset import Dataset, Progress, no_progress
-from ..data.provenance import COLUMNS, digest, find_photos, known_photos, match_pair, overlap
+from ..data.provenance import (
+    COLUMNS,
+    digest,
+    find_photos,
+    known_photos,
+    match_pair,
+    overlap,
+    write_known_photos,
+)
 from ..data.splits import leakage, split_table
 from ..errors import BloodcellError
 from ..files import write_json, write_text
@@ -146,6 +154,9 @@ def write_audit(result: Audit, out: Path, root: Path) -> list[Path]:
     write_text(out / "photos.csv", photos.to_csv(index=False))
     write_json(out / "audit.json", result.summary)
     written = [out / "photos.csv", out / "audit.json"]
+    if result.rebuilt:  # in the form of the table that ships for Kaggle's set
+        write_known_photos(result.table, out / "known_photos.csv.xz")
+        written.append(out / "known_photos.csv.xz")
     for name, pairs in (
         ("siblings-random", sibling_pairs(result.splits.get("random"))),
         ("siblings-official", official_pair_images(result)),

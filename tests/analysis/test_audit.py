@@ -5,6 +5,7 @@ import pytest
 
 from bloodcell_fastai import Config, Run, split_table
 from bloodcell_fastai.analysis.audit import audit, describe_audit, write_audit
+from bloodcell_fastai.data.provenance import known_photos
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,11 @@ def test_the_pair_across_the_official_split_is_named(audited):
 def test_files(audited, demo, tmp_path):
     written = write_audit(audited, tmp_path, demo.root)
     assert {path.name for path in written} == {
-        *("photos.csv", "audit.json", "siblings-random.png", "siblings-official.png")
+        *("photos.csv", "audit.json", "siblings-random.png", "siblings-official.png"),
+        "known_photos.csv.xz",
     }
+    again = known_photos(demo.table.path, tmp_path / "known_photos.csv.xz")
+    assert again.photo.tolist() == audited.table.photo.tolist()
     photos = pd.read_csv(tmp_path / "photos.csv")
     assert list(photos.columns) == ["path", "photo"]
     assert (demo.root / photos.path[0]).is_file()

@@ -2,6 +2,7 @@ import pandas as pd
 import pytest
 
 from bloodcell_fastai import BloodcellError, leakage, split_table
+from bloodcell_fastai.data.splits import kept_split, split_folds
 
 
 def make_table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
@@ -59,6 +60,27 @@ def test_official_prefers_valid_to_test():
     rows = [(label, subset, "") for label in "AB" for subset in ("train", "valid", "test")]
     table = split_table(make_table(rows).assign(photo=lambda t: t.path), "official")
     assert table.part.tolist() == ["train", "valid", ""] * 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "how", "kept"),
+    [
+        (("train", "valid"), "photo", "official"),
+        (("train", "val", "test"), "photo", "official"),
+        (("train", "valid"), "random", "random"),
+        (("TRAIN", "TEST"), "photo", "photo"),
+        (("",), "photo", "photo"),
+    ],
+)
+def test_a_split_that_comes_with_the_data_is_kept(folders, how, kept):
+    table = make_table([(label, folder, "") for label in "AB" for folder in folders])
+    assert kept_split(table, how) == kept
+
+
+def test_every_photograph_validates_once():
+    folds = split_folds(two_classes(), 5)
+    valid = [set(table.photo[table.part == "valid"]) for table in folds]
+    assert sum(map(len, valid)) == len(set.union(*valid)) == 20
 
 
 def test_leakage_is_unknown_without_photographs():
