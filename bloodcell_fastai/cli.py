@@ -54,8 +54,17 @@ def describe_data(
     out: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path(
         "data/contact-sheet.png"
     ),
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Remove the decoded images of all sets, stop.")
+    ] = False,
 ) -> None:
     """Fetch, unpack, check and describe the images."""
+    if clear_cache:
+        from .data.pixels import cache_root
+        from .data.pixels import clear_cache as remove
+
+        console.print(f"{remove() / 1e6:,.0f} MB of decoded images removed from {cache_root()}")
+        return
     from .analysis.figures import contact_sheet, save_figure
     from .data.dataset import open_dataset
 
@@ -132,8 +141,9 @@ def fit(
         float, typer.Option(help="Strength of brightness and contrast.")
     ] = DEFAULTS.lighting,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
-    workers: Annotated[int, typer.Option(help="Loading processes; -1: by the machine.")] = -1,
+    workers: Annotated[int, typer.Option(help="Decoding threads; -1: by the machine.")] = -1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    compile: Annotated[str, typer.Option(help="torch.compile on CUDA: auto, yes, no.")] = "auto",
     folds: Annotated[
         int, typer.Option(help="Train once per fold of the photographs; 0: a single split.")
     ] = DEFAULTS.folds,
@@ -175,6 +185,7 @@ def fit(
         lighting=lighting,
         workers=workers,
         device=device,
+        compile=compile,
         folds=folds,
     )
     if not folds:

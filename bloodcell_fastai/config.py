@@ -11,6 +11,7 @@ from .files import write_json
 
 DEFAULT_ARCH = "maxvit_nano_rw_256.sw_in1k"
 SPLITS = ("photo", "official", "random")
+COMPILE = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Config:
     first ``freeze_epochs`` of them train the head alone (-1: one if the weights are
     pretrained, else none). ``patience`` 0 means no early stopping, ``mixup`` 0 no mixup.
     ``rotate`` is in degrees; ``zoom``, ``warp`` and ``lighting`` are fastai's ``max_zoom``,
-    ``max_warp`` and ``max_lighting``. ``workers`` -1 leaves the number of loading processes to
-    the machine.
+    ``max_warp`` and ``max_lighting``. ``workers`` counts the threads that decode images, -1
+    leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``, for ``torch.compile``
+    on CUDA.
 
     The fields from ``classes`` on are filled in by the run itself.
 
@@ -52,6 +54,7 @@ class Config:
     lighting: float = 0.2
     workers: int = -1
     device: str = "auto"
+    compile: str = "auto"
     folds: int = 0
 
     classes: tuple[str, ...] = ()
@@ -65,6 +68,8 @@ class Config:
             _check_range(name, getattr(self, name), low, high)
         if self.split not in SPLITS:
             raise usage_error(f"split is {self.split!r}.", f"Use one of: {', '.join(SPLITS)}.")
+        if self.compile not in COMPILE:
+            raise usage_error(f"compile is {self.compile!r}.", f"Use one of: {', '.join(COMPILE)}.")
         if self.folds == 1 or (self.folds and self.split != "photo"):
             raise usage_error(
                 f"folds is {self.folds} with split {self.split}.",

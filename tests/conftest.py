@@ -18,6 +18,14 @@ from bloodcell_fastai.data.smears import make_demo
 LITE0 = "tf_efficientnet_lite0"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_root(tmp_path_factory) -> Path:
+    """Decoded images go to a folder of the tests, in this process and in those it starts."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["BLOODCELL_CACHE"] = str(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:
     """A small demo set: 4 classes, 8 photographs each, 4 copies of each."""

@@ -71,7 +71,7 @@ def load_learner(run: Run) -> Learner:
             f"Put the data back to {config.data or 'where it was'}.",
         )
     learn = blood_learner(
-        config_dls(table, config), arch=config.arch, weights="none", size=config.size
+        config_dls(table, config, cache=False), config.arch, weights="none", size=config.size
     )
     run.load_model(learn)
     return learn

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import timm
+import torch
 from fastai.vision.all import (
-    AffineCoordTfm,
     CategoryBlock,
     ColReader,
     DataBlock,
@@ -17,13 +18,17 @@ from fastai.vision.all import (
     PILImage,
     Resize,
     ResizeMethod,
-    aug_transforms,
+    TensorCategory,
+    TensorImage,
+    TfmdDL,
     default_device,
 )
 
 from ..config import DEFAULT_ARCH, Config
 from ..errors import BloodcellError
-from .dataset import open_image
+from .augmentation import augmentation
+from .dataset import Progress, no_progress, open_image
+from .pixels import Pixels
 
 
 class BloodImage(PILImage):
@@ -35,28 +40,45 @@ class BloodImage(PILImage):
         return cls(open_image(fn)) if isinstance(fn, str | os.PathLike) else super().create(fn)
 
 
-class TrainingAffine(AffineCoordTfm):
-    """fastai's affine transform that leaves validation pictures alone.
+class BatchDL(TfmdDL):
+    """fastai's ``TfmdDL`` that fetches the images of a batch together, as uint8.
 
-    fastai's own passes them through an interpolation by the identity, which costs time and
-    makes them differ from the pictures of a prediction, which have no augmentation.
+    fastai walks each image through its pipeline in Python; here a batch is one look into the
+    decoded pixels, or is decoded ahead by threads. It needs no worker processes. Items that are
+    no image table (a single picture for ``learn.predict``) go fastai's way.
+
+    Args:
+        dataset: fastai ``Datasets`` made of an image table.
+        pixels: where the images come from; None: fastai's way.
     """
 
-    @classmethod
-    def of(cls, other: AffineCoordTfm) -> "TrainingAffine":
-        """The same transform as ``other``."""
-        return cls(
-            other.aff_fs,
-            other.coord_fs,
-            mode=other.mode,
-            pad_mode=other.pad_mode,
-            align_corners=other.align_corners,
-        )
+    def __init__(self, dataset=None, *args, pixels: Pixels | None = None, **kwargs):
+        self.pixels = pixels
+        super().__init__(dataset, *args, **kwargs)
 
-    def before_call(self, b, split_idx):
-        """Draw the batch's transform; apply it in training only."""
-        super().before_call(b, split_idx)
-        self.do = not split_idx
+    def new(self, dataset=None, cls=None, **kwargs):
+        """A loader like this one, over other items if given, on the same pixels."""
+        return super().new(dataset, cls, **({"pixels": self.pixels} | kwargs))
+
+    def create_batches(self, samps):
+        """Batches of the items with these numbers: (images,) or (images, classes)."""
+        table = getattr(self.dataset, "items", None)
+        if self.pixels is None or not isinstance(table, pd.DataFrame):
+            yield from super().create_batches(samps)
+            return
+        paths, targets = table.path.to_numpy(), self._targets()
+        chunks = [np.array(chunk) for chunk in self.chunkify(iter(samps))]
+        images = self.pixels.batches(paths[chunk] for chunk in chunks)
+        for chunk, batch in zip(chunks, images, strict=True):
+            batch = TensorImage(batch)
+            yield (batch,) if targets is None else (batch, TensorCategory(targets[chunk]))
+
+    def _targets(self) -> torch.Tensor | None:
+        """The class numbers of all items; None where the items have no labels."""
+        if len(self.dataset.tls) < 2:
+            return None
+        numbers = self.dataset.items.label.map(dict(self.dataset.vocab.o2i))
+        return torch.from_numpy(numbers.to_numpy(np.int64))
 
 
 def blood_dls(
@@ -66,8 +88,10 @@ def blood_dls(
     bs: int = 64,
     classes: Sequence[str] | None = None,
     batch_tfms: list | None = None,
-    num_workers: int | None = None,
+    threads: int | None = None,
     device=None,
+    cache: bool = True,
+    progress: Progress = no_progress,
 ) -> DataLoaders:
     """Batches for training and validation.
 
@@ -79,8 +103,12 @@ def blood_dls(
         classes: names in the order of the model's outputs; those of the training part, sorted,
             by default.
         batch_tfms: augmentation on the device, :func:`augmentation` by default.
-        num_workers: loading processes; as many as there are processors, at most 8, by default.
+        threads: decoding threads; as many as there are processors, at most 8, by default.
         device: torch device; fastai's default device if not given.
+        cache: decode all images of the table once and keep them for the next time, if the disk
+            has room; see :mod:`~bloodcell_fastai.data.pixels`. Without, a cache that is there
+            is still used.
+        progress: told how far the decoding has come.
 
     Returns:
         fastai ``DataLoaders``. A batch is a float32 tensor (bs, 3, size, size), normalised, and
@@ -103,20 +131,22 @@ def blood_dls(
         item_tfms=item_transforms(size),
         batch_tfms=[*(augmentation() if batch_tfms is None else batch_tfms), normalization(arch)],
     )
-    return _loaders(block, used, bs, num_workers, device)
+    pixels = Pixels.open(table.path, size, cache, threads, progress)
+    return _loaders(block, used, bs, pixels, device)
 
 
 def image_dls(
     paths: Sequence[str],
     arch: str = DEFAULT_ARCH,
     size: int = 256,
-    bs: int = 64,
-    num_workers: int | None = None,
+    bs: int | None = None,
+    threads: int | None = None,
     device=None,
 ) -> DataLoaders:
     """Batches of images without labels, all in the validation part, in the given order.
 
-    They pass through the transforms that made the validation pictures of :func:`blood_dls`.
+    They pass through the transforms that made the validation pictures of :func:`blood_dls`;
+    ``bs`` is what the device predicts fastest by default.
     """
     block = DataBlock(
         blocks=(ImageBlock(cls=BloodImage),),
@@ -127,10 +157,12 @@ def image_dls(
         n_inp=1,
     )
     table = pd.DataFrame({"path": [str(path) for path in paths]})
-    return _loaders(block, table, bs, num_workers, device)
+    return _loaders(block, table, bs, Pixels(size, threads), device)
 
 
-def config_dls(table: pd.DataFrame, config: Config) -> DataLoaders:
+def config_dls(
+    table: pd.DataFrame, config: Config, cache: bool = True, progress: Progress = no_progress
+) -> DataLoaders:
     """:func:`blood_dls` with the options of a run."""
     return blood_dls(
         table,
@@ -141,41 +173,17 @@ def config_dls(table: pd.DataFrame, config: Config) -> DataLoaders:
         batch_tfms=augmentation(
             config.flip, config.rotate, config.zoom, config.warp, config.lighting
         ),
-        num_workers=None if config.workers < 0 else config.workers,
+        threads=config.workers if config.workers > 0 else None,
         device=pick_device(config.device),
+        cache=cache,
+        progress=progress,
     )
 
 
 def item_transforms(size: int) -> list:
-    """What happens to each image before it joins a batch: squeezed to a square, nothing cut.
-
-    The cell sits anywhere in the frame, so that a crop could lose it.
-    """
+    """What fastai does to a single image, as :func:`~bloodcell_fastai.data.pixels.decode` does
+    to those of a table: squeeze it to a square."""
     return [Resize(size, method=ResizeMethod.Squish)]
-
-
-def augmentation(
-    flip: bool = True,
-    rotate: float = 180.0,
-    zoom: float = 1.1,
-    warp: float = 0.1,
-    lighting: float = 0.2,
-) -> list:
-    """fastai's ``aug_transforms`` for cells, which have no up and no left.
-
-    fastai joins the flips, rotation, zoom and warp into one interpolation and brightness and
-    contrast into one pass. Edges are mirrored: black corners would imitate those that the
-    copies of the Kaggle set have.
-    """
-    transforms = aug_transforms(
-        do_flip=flip,
-        flip_vert=True,
-        max_rotate=rotate,
-        max_zoom=zoom,
-        max_warp=warp,
-        max_lighting=lighting,
-    )
-    return [TrainingAffine.of(t) if isinstance(t, AffineCoordTfm) else t for t in transforms]
 
 
 def normalization(arch: str) -> Normalize:
@@ -207,8 +215,6 @@ def pick_device(name: str = "auto"):
     Raises:
         BloodcellError: there is no such device here.
     """
-    import torch
-
     if name == "auto":
         return default_device()
     try:
@@ -223,9 +229,27 @@ def _all_valid(items: Sequence) -> tuple[list[int], list[int]]:
     return [0], list(range(len(items)))
 
 
-def _loaders(block: DataBlock, table: pd.DataFrame, bs: int, workers: int | None, device):
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1)
+def prediction_batch_size(device: torch.device, size: int) -> int:
+    """How many images of ``size`` pixels a device predicts fastest together.
+
+    On the CPU the activations of a batch should stay near the cores: MaxViT-nano at 256 px
+    predicts 28 images a second in batches of 8 and 17 in batches of 64. A GPU wants many.
+    """
+    pixels = 2**19 if device.type == "cpu" else 2**24
+    return int(min(max(pixels // size**2, 4), 512))
+
+
+def _loaders(block: DataBlock, table: pd.DataFrame, bs: int | None, pixels: Pixels, device):
+    device = torch.device(device or default_device())
+    pixels.move_to(device)
+    val_bs = prediction_batch_size(device, pixels.size)
     return block.dataloaders(
-        table, bs=bs, num_workers=workers, device=device or default_device(), verbose=False
+        table,
+        dl_type=BatchDL,
+        bs=bs or val_bs,
+        val_bs=val_bs,
+        num_workers=0,
+        device=device,
+        pixels=pixels,
+        verbose=False,
     )

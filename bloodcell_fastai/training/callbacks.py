@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.learner import AvgMetric, AvgSmoothLoss
 from fastai.vision.all import (
     AvgLoss,
     Callback,
@@ -17,6 +19,7 @@ from fastai.vision.all import (
     Recorder,
     SaveModelCallback,
     TrainEvalCallback,
+    find_bs,
     set_seed,
     to_float,
 )
@@ -86,14 +89,95 @@ class SeedEpoch(Callback):
         self.dls.train.rng = random.Random(seed)
 
 
-class StopOnNaN(Callback):
-    """Stop when the training loss is no longer a number, before it reaches the records."""
+def measure_on_device(learn: Learner) -> None:
+    """Have the loss and the metrics added up where they are computed, and read once an epoch.
 
-    order = Recorder.order - 1
+    fastai fetches each of them to the host in every batch, and the device waits for that.
+    """
+    learn.recorder.loss = DeviceLoss()
+    learn.recorder.smooth_loss = DeviceSmoothLoss(learn.recorder.smooth_loss.beta)
+    learn.metrics = [DeviceMetric(m.func) if type(m) is AvgMetric else m for m in learn.metrics]
+    learn.add_cb(FetchLosses())
+
+
+class FetchLosses(Callback):
+    """Bring the recorded losses of an epoch to the host, all at once."""
+
+    order = Recorder.order + 1
+
+    def after_epoch(self):
+        self._fetch()
+
+    def after_fit(self):
+        self._fetch()
+
+    def _fetch(self):
+        losses = self.recorder.losses
+        if new := [loss for loss in losses if torch.is_tensor(loss)]:
+            losses[len(losses) - len(new) :] = torch.stack(new).tolist()
+
+
+class DeviceMetric(AvgMetric):
+    """fastai's ``AvgMetric`` that adds up on the device."""
+
+    def accumulate(self, learn):
+        """Add a batch."""
+        bs = find_bs(learn.yb)
+        self.total += learn.to_detach(self.func(learn.pred, *learn.yb), cpu=False) * bs
+        self.count += bs
+
+
+class DeviceLoss(AvgLoss):
+    """fastai's ``AvgLoss`` that adds up on the device."""
+
+    def accumulate(self, learn):
+        """Add a batch."""
+        bs = find_bs(learn.yb)
+        self.total += learn.to_detach(learn.loss.mean(), cpu=False) * bs
+        self.count += bs
+
+
+class DeviceSmoothLoss(AvgSmoothLoss):
+    """fastai's ``AvgSmoothLoss`` that adds up on the device."""
+
+    def accumulate(self, learn):
+        """Add a batch."""
+        self.count += 1
+        loss = learn.to_detach(learn.loss.mean(), cpu=False)
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class Compile(Callback):
+    """Compile the model before it trains on a CUDA device; the weights keep their names."""
+
+    order = ChannelsLast.order + 1
+
+    def before_fit(self):
+        if self.dls.device.type == "cuda":
+            self.learn.model.compile()
+
+
+class StopOnNaN(Callback):
+    """Stop when the training loss is no longer a number, before it reaches the records.
+
+    A loss that is not a number stays in fastai's smoothed loss for good, so that a GPU need not
+    be made to wait for the loss of every batch.
+    """
+
+    order = Recorder.order + 1
     stopped = False
+    every = 50  # batches, on a device that would have to wait
 
     def after_batch(self):
-        if self.training and not torch.isfinite(self.loss):
+        at_once = self.dls.device.type == "cpu"
+        if self.training and (at_once or self.iter % self.every == 0):
+            self._check()
+
+    def after_train(self):
+        self._check()
+
+    def _check(self):
+        if not torch.isfinite(self.recorder.smooth_loss.val):
             self.stopped = True
             raise CancelFitException
 
@@ -108,7 +192,7 @@ class History(Callback):
     remove_on_fetch, _only_train_loop = True, True
 
     def __init__(self, write: Callable[[dict], None], first_epoch: int = 0):
-        self.write, self.first_epoch, self.mean_loss = write, first_epoch, AvgLoss()
+        self.write, self.first_epoch, self.mean_loss = write, first_epoch, DeviceLoss()
 
     def before_epoch(self):
         self.started = time.monotonic()

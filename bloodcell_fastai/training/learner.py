@@ -25,7 +25,8 @@ from torch import nn
 
 from ..config import DEFAULT_ARCH
 from ..errors import BloodcellError, usage_error
-from .callbacks import precision_callback
+from .callbacks import measure_on_device, precision_callback
+from .optimizer import FusedAdam
 
 HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; with retries well below 15
 
@@ -73,6 +74,7 @@ def blood_learner(
     n_out: int | None = None,
     label_smoothing: float = 0.1,
     metrics=accuracy,
+    opt_func=FusedAdam,
     **kwargs,
 ) -> Learner:
     """A fastai ``Learner`` on a timm model, made by ``vision_learner``.
@@ -91,7 +93,8 @@ def blood_learner(
         n_out: number of classes, ``len(dls.vocab)`` if not given.
         label_smoothing: of the cross-entropy loss, 0 to 1.
         metrics: fastai metrics.
-        **kwargs: passed to ``vision_learner``, such as ``wd``, ``cbs``, ``opt_func``, ``path``.
+        opt_func: a fastai optimizer; by default its Adam, computed faster.
+        **kwargs: passed to ``vision_learner``, such as ``wd``, ``cbs``, ``path``.
 
     Returns:
         The learner. ``learn.weights_used`` says in a few words what the model started from
@@ -116,8 +119,10 @@ def blood_learner(
             splitter=split_parameters,
             loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing),
             metrics=metrics,
+            opt_func=opt_func,
             **kwargs,
         )
+    measure_on_device(learn)
     learn.arch, learn.weights_used = arch, weights_used
     learn.recorder.train_metrics = True
     return learn.add_cbs([ChannelsLast(), *precision_callback(dls.device)])

@@ -87,7 +87,7 @@ def train_table(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", WeightsWarning)
-            learn = make_learner(config, table)
+            learn = make_learner(config, table, cache=not dry_run, progress=reporter.progress)
     except BloodcellError:
         run.remove()  # it holds nothing yet
         raise
@@ -124,7 +124,7 @@ def resume(
     weights = "none" if checkpoint else None  # the checkpoint brings all weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WeightsWarning)
-        learn = make_learner(run.config, run.table, weights)
+        learn = make_learner(run.config, run.table, weights, progress=reporter.progress)
     done = checkpoint.epochs_done if checkpoint else 0
     reporter.say(f"Resuming {run.name} after epoch {done} of {run.config.epochs}.")
     fit(learn, run, reporter.say)

@@ -23,7 +23,7 @@ LITE0 = "tf_efficientnet_lite0"
 
 @pytest.fixture(scope="module")
 def dls(demo_table):
-    return blood_dls(split_table(demo_table), LITE0, size=64, bs=8, num_workers=0)
+    return blood_dls(split_table(demo_table), LITE0, size=64, bs=8)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ ARCH = "resnet18"
 
 @pytest.fixture(scope="module")
 def learn(demo_table):
-    dls = blood_dls(split_table(demo_table), ARCH, size=64, bs=16, num_workers=0)
+    dls = blood_dls(split_table(demo_table), ARCH, size=64, bs=16)
     learn = blood_learner(dls, ARCH, "none", size=64)
     with learn.no_logging(), learn.no_bar():
         learn.fit(1)

@@ -1,0 +1,234 @@
+"""From image files to uint8 batches: decoded ahead by threads, or once for all into a cache."""
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import BloodcellError
+from ..files import atomic_path
+from .dataset import Progress, no_progress, open_image
+
+CACHE_VERSION = 1  # raise it when decode() gives other pixels
+SPARE_DISK = 2**30  # bytes the cache leaves free
+BATCHES_AHEAD = 2
+
+
+def decode(path: str | Path, size: int) -> np.ndarray:
+    """An image squeezed to a square, uint8 (size, size, 3): what fastai's ``Resize(size,
+    ResizeMethod.Squish)`` makes of it, bit for bit.
+
+    Nothing is cut: the cell sits anywhere in the frame, so that a crop could lose it.
+
+    Raises:
+        OSError: the image cannot be read.
+    """
+    return np.asarray(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def decode_ahead(
+    chunks: Iterable[Sequence[str]], size: int, threads: int | None = None
+) -> Iterator[tuple[Sequence[str], list[np.ndarray | OSError]]]:
+    """Decode chunk after chunk in threads, a few chunks ahead of the consumer.
+
+    Args:
+        chunks: paths, a batch at a time; drawn from as they are needed.
+        size: side of the square, in pixels.
+        threads: how many decode; as many as there are processors, at most 8, if None.
+
+    Yields:
+        Each chunk with its images, uint8 (size, size, 3), or the error where one cannot be read.
+    """
+    pool = ThreadPoolExecutor(threads or _threads(), thread_name_prefix="decode")
+    waiting: deque[tuple[Sequence[str], list[Future]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, [pool.submit(_try_decode, path, size) for path in chunk]))
+            if len(waiting) > BATCHES_AHEAD:
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Pixels:
+    """The pictures of one size, as batches: from the cache if there is one, else decoded.
+
+    Args:
+        size: side of the square, in pixels.
+        threads: see :func:`decode_ahead`.
+        cached: uint8 (images, size, size, 3), or None.
+        rows: the row of each path in ``cached``.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        threads: int | None = None,
+        cached: np.ndarray | None = None,
+        rows: dict[str, int] | None = None,
+    ):
+        self.size, self.threads, self.rows = size, threads, rows or {}
+        self._cached = cached
+        self._on_device: torch.Tensor | None = None
+
+    @classmethod
+    def open(
+        cls,
+        paths: Sequence[str],
+        size: int,
+        build: bool = False,
+        threads: int | None = None,
+        progress: Progress = no_progress,
+    ) -> "Pixels":
+        """The pixels of ``paths``, from the cache of just these files at this size if there is
+        one. With ``build`` one is made, if the disk has room for it.
+
+        Raises:
+            BloodcellError: an image cannot be read (with ``build``).
+        """
+        paths = sorted(set(map(str, paths)))
+        file = cache_file(paths, size)
+        cached = _load(file, len(paths), size) if file else None
+        if cached is None and file and build and _has_room(file, len(paths), size):
+            _build(file, paths, size, threads, progress)
+            cached = _load(file, len(paths), size)
+        if cached is None:
+            return cls(size, threads)
+        return cls(size, threads, cached, {path: row for row, path in enumerate(paths)})
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep the cached pixels in the memory of a CUDA device that has ample room for them."""
+        if device.type != "cuda" or self._cached is None:
+            return
+        free, _ = torch.cuda.mem_get_info(device)
+        if self._cached.nbytes < free / 4:  # the model and its activations need the rest
+            self._on_device = torch.from_numpy(np.array(self._cached)).to(device)
+
+    def batches(self, chunks: Iterable[Sequence[str]]) -> Iterator[torch.Tensor]:
+        """The images of each chunk of paths, uint8 (n, 3, size, size), channels last in memory.
+
+        Raises:
+            BloodcellError: an image cannot be read.
+        """
+        if self._cached is None:
+            for chunk, images in decode_ahead(chunks, self.size, self.threads):
+                yield stack(chunk, images)
+            return
+        for chunk in chunks:
+            yield self._gather(chunk)
+
+    def _gather(self, paths: Sequence[str]) -> torch.Tensor:
+        if any(path not in self.rows for path in paths):  # an image that came later
+            return stack(paths, [_try_decode(path, self.size) for path in paths])
+        rows = np.array([self.rows[path] for path in paths])
+        if self._on_device is not None:
+            images = self._on_device[torch.from_numpy(rows).to(self._on_device.device)]
+        else:
+            images = torch.from_numpy(self._cached[rows])
+        return images.permute(0, 3, 1, 2)
+
+
+def stack(paths: Sequence[str], images: Sequence[np.ndarray | OSError]) -> torch.Tensor:
+    """Decoded images as one batch, uint8 (n, 3, size, size), channels last in memory.
+
+    Raises:
+        BloodcellError: one of them could not be read.
+    """
+    for path, image in zip(paths, images, strict=True):
+        if isinstance(image, OSError):
+            raise BloodcellError(
+                f"{path} cannot be read: {image}.",
+                "Put the image back or take it out of the data set, then go on with --resume.",
+            )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def cache_root() -> Path:
+    """Folder of the decoded images: ``$BLOODCELL_CACHE``, else one in the user's cache."""
+    if chosen := os.environ.get("BLOODCELL_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bloodcell_fastai")
+
+
+def cache_file(paths: Sequence[str], size: int) -> Path | None:
+    """Where the decoded images of ``paths`` belong: the name changes with the list of files,
+    with the length or time of any, and with the size. None if a file is missing."""
+    names = _digest(*paths)
+    try:
+        states = [os.stat(path) for path in paths]  # noqa: PTH116 thousands of times: speed
+    except OSError:
+        return None
+    contents = _digest(*(f"{state.st_size} {state.st_mtime_ns}" for state in states))
+    return cache_root() / f"{names}-{size}px-{contents}-v{CACHE_VERSION}.npy"
+
+
+def clear_cache() -> int:
+    """Remove all decoded images; the bytes that were freed."""
+    files = [path for path in cache_root().glob("*.npy") if path.is_file()]
+    freed = sum(path.stat().st_size for path in files)
+    for path in files:
+        path.unlink()
+    return freed
+
+
+def _build(
+    file: Path, paths: Sequence[str], size: int, threads: int | None, progress: Progress
+) -> None:
+    with atomic_path(file) as temporary:
+        shape = (len(paths), size, size, 3)
+        images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        row, step = 0, 64
+        chunks = (paths[start : start + step] for start in range(0, len(paths), step))
+        for chunk, decoded in decode_ahead(chunks, size, threads):
+            images[row : row + len(chunk)] = stack(chunk, decoded).permute(0, 2, 3, 1).numpy()
+            row += len(chunk)
+            progress("Decoding images", row, len(paths))
+        images.flush()
+    names, px, *_ = file.name.split("-")
+    for stale in file.parent.glob(f"{names}-{px}-*.npy"):
+        if stale != file:
+            stale.unlink(missing_ok=True)
+
+
+def _load(file: Path, n_images: int, size: int) -> np.ndarray | None:
+    try:
+        cached = np.load(file, mmap_mode="r")
+    except (OSError, ValueError):  # absent, or cut short
+        return None
+    return cached if cached.shape == (n_images, size, size, 3) else None
+
+
+def _has_room(file: Path, n_images: int, size: int) -> bool:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(file.parent).free > n_images * size * size * 3 + SPARE_DISK
+    except OSError:
+        return False
+
+
+def _finished(chunk: Sequence[str], futures: list[Future]) -> tuple[Sequence[str], list]:
+    return chunk, [future.result() for future in futures]
+
+
+def _try_decode(path: str, size: int) -> np.ndarray | OSError:
+    try:
+        return decode(path, size)
+    except OSError as error:
+        return error
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
