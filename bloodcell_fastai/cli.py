@@ -24,6 +24,8 @@ from .reporter import Reporter
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .serving.inference import Outcome
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -33,6 +35,7 @@ app = typer.Typer(
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 DEFAULTS = Config()
+MOST_ROWS = 50  # of a table in the terminal
 
 Data = Annotated[
     str | None,
@@ -217,24 +220,54 @@ def interpret(
 
 @app.command()
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Images, or folders of images.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Images, folders, patterns, a .txt of paths, or - for such lines."),
+    ],
     run: Annotated[str | None, typer.Option(help="Name or folder; the newest if none.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A .csv or .json file to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl file to write.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an --out that was cut off.")
+    ] = False,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average over 8 views of each image; 8 times as long.")
+    ] = False,
+    min_confidence: Annotated[
+        float, typer.Option(help="Flag images below it for a person to look at, 0 to 1.")
+    ] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
-    """Tell the class of images, with probabilities."""
-    from .serving.inference import predict, write_predictions
+    """Tell the class of images, with probabilities, and flag those to look at."""
+    from .serving.inference import Predictor, find_images, predict
     from .training.runs import Run
 
-    table, unreadable = predict(Run.open(run, runs), paths)
-    if out:
-        write_predictions(table, out)
-        console.print(f"{len(table):,} predictions written to {out}")
-    else:
-        _print_table(table, "Predictions")
-    if unreadable:
-        errors.print(f"Unreadable, left out: {', '.join(map(str, unreadable))}")
+    predictor = Predictor.load(Run.open(run, runs), tta, min_confidence, device)
+    images = find_images(paths, sys.stdin)
+    outcome = predict(predictor, images, out, resume, TerminalReporter().progress)
+    if outcome.table is not None:
+        shown = outcome.table.drop(columns=["distance", "nearest"], errors="ignore")
+        _print_table(shown.head(MOST_ROWS), "Predictions")
+        if len(shown) > MOST_ROWS:
+            console.print(f"{len(shown) - MOST_ROWS:,} more: write them all with --out FILE.csv")
+    console.print(_count_predictions(outcome, out))
+    if outcome.unreadable:
+        errors.print(f"Unreadable, left out ({len(outcome.unreadable):,}):")
+        for path in outcome.unreadable:
+            errors.print(Text(f"  {path}"))
         raise typer.Exit(1)
+
+
+def _count_predictions(outcome: "Outcome", out: Path | None) -> str:
+    found = ", ".join(f"{name} {n:,}" for name, n in sorted(outcome.classes.items()))
+    flags = ", ".join(f"{n:,} {name}" for name, n in sorted(outcome.flags.items()))
+    return (
+        f"{outcome.n_images:,} images predicted"
+        + (f" to {out}" if out else "")
+        + (f": {found}" if found else "")
+        + (f"; flagged: {flags}" if flags else "")
+        + (f"; {outcome.already_done:,} were there already" if outcome.already_done else "")
+    )
 
 
 class TerminalReporter(Reporter):

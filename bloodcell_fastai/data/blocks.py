@@ -78,7 +78,7 @@ class BatchDL(TfmdDL):
         if len(self.dataset.tls) < 2:
             return None
         numbers = self.dataset.items.label.map(dict(self.dataset.vocab.o2i))
-        return torch.from_numpy(numbers.to_numpy(np.int64))
+        return torch.tensor(numbers.to_numpy(np.int64))
 
 
 def blood_dls(

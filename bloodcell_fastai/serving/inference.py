@@ -1,115 +1,394 @@
-"""Predict files and folders with a trained run."""
+"""Predict any number of images with a trained run, a batch at a time."""
 
+import csv
+import glob
+import io
+import itertools
 import json
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from fastai.vision.all import Learner
+import torch
 
 from ..config import Config
-from ..data.blocks import image_dls, pick_device
-from ..data.dataset import image_size, list_folder
+from ..data.blocks import normalization, pick_device, prediction_batch_size
+from ..data.dataset import Progress, list_folder, no_progress
+from ..data.pixels import decode_ahead, stack
 from ..errors import BloodcellError, usage_error
-from ..files import write_text
-from ..training.callbacks import use_progress
-from ..training.learner import blood_learner
+from ..files import atomic_path
+from ..training.calibration import Calibration, Reference, softmax
+from ..training.callbacks import autocast
+from ..training.learner import classifier_inputs, load_model, load_weights
 from ..training.runs import Run
+
+UNCERTAIN, UNLIKE = "uncertain", "unlike training"
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Predictions of some images and the files among them that cannot be read.
+
+    Attributes:
+        table: see :meth:`Predictor.__call__`.
+        unreadable: paths.
+    """
+
+    table: pd.DataFrame
+    unreadable: list[str]
 
 
 class Predictor:
     """A run's best model, ready to predict.
 
-    >>> Predictor.load(run)(["cell.jpg"])  # doctest: +SKIP
+    Args:
+        model: the timm model, with its weights.
+        config: of the run.
+        calibration: of the run; None leaves the probabilities as they are.
+        reference: training images to compare with; None: no image is called unlike them.
+        tta: average over the eight ways to turn and mirror an image, at eight times the cost.
+        min_confidence: below it an image is flagged as uncertain, 0 to 1.
+        device: torch device.
+
+    >>> Predictor.load("runs/mine")(["cell.jpg"])  # doctest: +SKIP
     """
 
-    def __init__(self, run: Run, config: Config):
-        self.run, self.config = run, config
-        self._learn: Learner | None = None
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: Config,
+        calibration: Calibration | None = None,
+        reference: Reference | None = None,
+        tta: bool = False,
+        min_confidence: float = 0.0,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self.config, self.calibration, self.reference = config, calibration, reference
+        self.tta, self.min_confidence = tta, min_confidence
+        self.batch_size = prediction_batch_size(self.device, config.size)
+        stats = normalization(config.arch)
+        self._mean, self._std = stats.mean.to(self.device), stats.std.to(self.device)
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the tables it makes."""
+        return list(self.table([], *self._nothing()))
 
     @classmethod
-    def load(cls, run: Run | str | Path) -> "Predictor":
+    def load(
+        cls,
+        run: Run | str | Path,
+        tta: bool = False,
+        min_confidence: float = 0.0,
+        device: str = "auto",
+    ) -> "Predictor":
         """The predictor of a run, given as such or by its folder or name.
 
         Raises:
-            BloodcellError: there is no such run or it has no model yet.
+            BloodcellError: there is no such run, it has no model yet, or its files do not fit
+                together; ``min_confidence`` is not between 0 and 1.
         """
+        if not 0 <= min_confidence <= 1:
+            raise usage_error(
+                f"min_confidence is {min_confidence}.", "Give --min-confidence from 0 to 1."
+            )
         run = run if isinstance(run, Run) else Run.open(run)
         run.require_model()
-        return cls(run, run.config)
+        config = run.config
+        model, _ = load_model(config.arch, len(config.classes), config.size, "none")
+        load_weights(model, run.path / "model.safetensors")
+        return cls(
+            model,
+            config,
+            run.calibration,
+            run.reference,
+            tta,
+            min_confidence,
+            pick_device(device),
+        )
 
     def __call__(self, paths: Sequence[str | Path]) -> pd.DataFrame:
-        """Predict images, which pass through the code that made the validation pictures.
+        """Predict images, which become the pictures the model was validated on.
 
         Args:
             paths: image files.
 
         Returns:
-            One row per image, in order: ``path``, ``predicted``, ``confidence`` and
-            ``p_<CLASS>``, probabilities from 0 to 1.
+            One row per image, in order: ``path``, ``predicted``, ``confidence``, ``flag``
+            (empty, ``uncertain`` or ``unlike training``), ``p_<CLASS>`` (calibrated
+            probabilities, 0 to 1) and, where the run has a reference, ``distance`` to the
+            training images and ``nearest``, the path of the nearest one.
 
         Raises:
-            OSError: an image cannot be read.
+            BloodcellError: an image cannot be read.
         """
-        config = self.config
-        dls = image_dls(paths, config.arch, config.size, config.batch_size, device=pick_device())
-        if self._learn is None:
-            self._learn = blood_learner(
-                dls, config.arch, "none", size=config.size, n_out=len(config.classes)
+        batches = list(self.stream(paths))
+        if unreadable := [path for batch in batches for path in batch.unreadable]:
+            raise BloodcellError(
+                f"{len(unreadable)} of the images cannot be read, such as {unreadable[0]}.",
+                "Leave them out, or use Predictor.stream, which passes over them.",
             )
-            self.run.load_model(self._learn)
-            use_progress(self._learn)
-        probabilities = self._learn.get_preds(dl=dls.valid)[0].double().numpy()
-        best = probabilities.argmax(axis=1)
-        table = pd.DataFrame(
-            {
-                "path": [str(path) for path in paths],
-                "predicted": [config.classes[index] for index in best],
-                "confidence": probabilities.max(axis=1),
-            }
+        tables = [batch.table for batch in batches] or [self.table([], *self._nothing())]
+        return pd.concat(tables, ignore_index=True)
+
+    def stream(self, paths: Iterable[str | Path]) -> Iterator[Batch]:
+        """Predict images a batch at a time, while the next ones are being decoded.
+
+        Args:
+            paths: image files; drawn from as they are needed.
+
+        Yields:
+            The predictions of each batch, in order, and its unreadable files.
+        """
+        names = map(str, paths)
+        chunks = iter(lambda: list(itertools.islice(names, self.batch_size)), [])
+        for chunk, images in decode_ahead(chunks, self.config.size):
+            decoded = dict(zip(chunk, images, strict=True))
+            unreadable = [path for path in chunk if isinstance(decoded[path], OSError)]
+            readable = [path for path in chunk if not isinstance(decoded[path], OSError)]
+            found = self._nothing()
+            if readable:
+                found = self.probabilities(stack(readable, [decoded[path] for path in readable]))
+            yield Batch(self.table(readable, *found), unreadable)
+
+    def probabilities(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        """Predict pictures that are decoded already.
+
+        Args:
+            images: uint8 (n, 3, size, size), RGB.
+
+        Returns:
+            Calibrated probabilities, float64 (n, classes), and penultimate features, float32
+            (n, d) on the CPU.
+
+        Raises:
+            BloodcellError: there is no memory for a single image.
+        """
+        views = [_view(images, number) for number in range(8 if self.tta else 1)]
+        results = [self._forward(view) for view in views]
+        temperature = self.calibration.temperature if self.calibration else 1.0
+        shares = [softmax(logits, temperature) for logits, _ in results]
+        return np.mean(shares, axis=0), torch.stack([features for _, features in results]).mean(0)
+
+    def table(
+        self, paths: Sequence[str], probabilities: np.ndarray, features: torch.Tensor
+    ) -> pd.DataFrame:
+        """The table of :meth:`__call__` from what :meth:`probabilities` returns."""
+        classes = self.config.classes
+        confidence = probabilities.max(axis=1)
+        flag = np.where(confidence < self.min_confidence, UNCERTAIN, "").astype(object)
+        seen = {}
+        if self.reference is not None:
+            distance, rows = self.reference.nearest(features)
+            flag[distance > self.calibration.distance_threshold] = UNLIKE
+            seen = {"distance": distance, "nearest": self.reference.table.path.to_numpy()[rows]}
+        columns = {
+            "path": list(paths),
+            "predicted": np.array(classes)[probabilities.argmax(axis=1)],
+            "confidence": confidence,
+            "flag": flag,
+        }
+        columns |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(classes)}
+        return pd.DataFrame(columns | seen)
+
+    def _forward(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        """Logits and features of a batch; in halves, and from now on so, if memory is short."""
+        results = []
+        for part in images.split(self.batch_size):
+            try:
+                results.append(self._logits(part))
+            except RuntimeError as error:
+                if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+                    raise
+                self._halve(len(part))
+                results.append(self._forward(part))
+        logits, features = zip(*results, strict=True)
+        return np.concatenate(logits), torch.cat(features)
+
+    @torch.inference_mode()
+    def _logits(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        x = images.to(self.device, non_blocking=True).float().div_(255)
+        x = x.sub_(self._mean).div_(self._std)
+        with autocast(self.device), classifier_inputs(self.model) as inputs:
+            logits = self.model(x)
+        return logits.double().cpu().numpy(), inputs.take()
+
+    def _halve(self, n: int) -> None:
+        if n == 1:
+            raise BloodcellError(
+                f"There is no memory on {self.device} for one image of {self.config.size} px.",
+                "Close other programs, or use --device cpu.",
+            )
+        self.batch_size = n // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"Memory is short: going on with {self.batch_size} images at a time.", stacklevel=2
         )
-        return table.assign(
-            **{f"p_{name}": probabilities[:, i] for i, name in enumerate(config.classes)}
-        )
+
+    def _nothing(self) -> tuple[np.ndarray, torch.Tensor]:
+        """Probabilities and features of no image."""
+        width = self.reference.features.shape[1] if self.reference is not None else 0
+        return np.empty((0, len(self.config.classes))), torch.empty(0, width)
 
 
-def predict(run: Run, paths: Sequence[str | Path]) -> tuple[pd.DataFrame, list[Path]]:
-    """Predict files, and every image below folders.
+def find_images(sources: Iterable[str | Path], listed: Iterable[str] = ()) -> Iterator[str]:
+    """The image files that the words of a command line mean.
 
-    Returns:
-        The table of :meth:`Predictor.__call__` and the files that cannot be read, which are
-        left out of it.
+    Args:
+        sources: files, folders, patterns such as ``cells/*.png``, text files (``.txt``) with a
+            path in each line, or ``-`` for ``listed``.
+        listed: lines with a path each, such as standard input.
 
     Raises:
-        BloodcellError: a path does not exist, or there is no readable image.
+        BloodcellError: a source does not exist, or a pattern matches nothing.
     """
-    files = [file for path in paths for file in _expand(Path(path))]
-    readable = [file for file in files if image_size(file) is not None]
-    unreadable = sorted(set(files) - set(readable))
-    if not readable:
-        raise BloodcellError(
-            f"No readable image in {', '.join(map(str, paths))}.", "Give image files or folders."
-        )
-    return Predictor.load(run)(readable), unreadable
+    for source in map(str, sources):
+        path = Path(source)
+        if source == "-":
+            yield from _lines(listed)
+        elif path.is_dir():
+            yield from map(str, list_folder(path))
+        elif path.suffix.lower() == ".txt" and path.is_file():
+            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+                yield from _lines(lines)
+        elif path.exists():
+            yield source
+        elif matches := sorted(glob.glob(source, recursive=True)):  # noqa: PTH207 absolute too
+            yield from find_images(matches)
+        else:
+            raise BloodcellError(f"No file or folder {source}.", "Check the path.")
 
 
-def write_predictions(table: pd.DataFrame, path: Path) -> None:
-    """Write a table of predictions as CSV, or as a JSON list of objects, by the file's suffix.
+class PredictionFile:
+    """A CSV or JSON Lines file that grows by a batch at a time.
+
+    Args:
+        path: ends in ``.csv`` or ``.jsonl``.
+        columns: of the tables to come.
+        resume: keep the rows that are there, except a last one that was cut short.
+
+    Attributes:
+        done: the paths that are in it already.
 
     Raises:
-        BloodcellError: another suffix.
+        BloodcellError: another suffix, or the rows that are there have other columns.
     """
-    if path.suffix == ".csv":
-        write_text(path, table.to_csv(index=False))
-    elif path.suffix == ".json":
-        write_text(path, json.dumps(table.to_dict("records"), indent=1) + "\n")
-    else:
-        raise usage_error(f"Cannot write {path}.", "Use a name that ends in .csv or .json.")
+
+    def __init__(self, path: str | Path, columns: Sequence[str], resume: bool = False):
+        self.path, self.columns = Path(path), list(columns)
+        if self.path.suffix not in (".csv", ".jsonl"):
+            raise usage_error(f"Cannot write {path}.", "Use a name that ends in .csv or .jsonl.")
+        rows = self._read() if resume and self.path.exists() else []
+        self.done = {row["path"] for row in rows}
+        with atomic_path(self.path) as temporary, _open(temporary, "w") as file:
+            file.write(self._format(rows, header=True))
+
+    def append(self, table: pd.DataFrame) -> None:
+        """Add the rows of a table."""
+        with _open(self.path, "a") as file:
+            file.write(self._format(table.to_dict("records")))
+
+    def _format(self, rows: Sequence[dict], header: bool = False) -> str:
+        if self.path.suffix == ".jsonl":
+            return "".join(json.dumps(row) + "\n" for row in rows)
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    def _read(self) -> list[dict]:
+        with _open(self.path, "r") as file:
+            text = file.read()
+        text = text[: text.rfind("\n") + 1]
+        if self.path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(text)))
+        if any(list(row) != self.columns for row in rows):
+            raise BloodcellError(
+                f"{self.path} holds predictions of another kind.",
+                "Give another --out, or leave out --resume to replace it.",
+            )
+        return rows
 
 
-def _expand(path: Path) -> list[Path]:
-    if path.is_dir():
-        return list_folder(path)
-    if not path.exists():
-        raise BloodcellError(f"No file or folder {path}.", "Check the path.")
-    return [path]
+@dataclass(frozen=True)
+class Outcome:
+    """What came of predicting many images.
+
+    Attributes:
+        n_images: how many were predicted now.
+        classes: images by predicted class.
+        flags: images by flag, without those that have none.
+        unreadable: paths of the files that could not be read.
+        table: all predictions; None where they went to a file.
+        already_done: images that the file held before.
+    """
+
+    n_images: int
+    classes: dict[str, int]
+    flags: dict[str, int]
+    unreadable: list[str]
+    table: pd.DataFrame | None
+    already_done: int = 0
+
+
+def predict(
+    predictor: Predictor,
+    paths: Iterable[str],
+    out: Path | None = None,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Predict images and count; the rows go to ``out`` as they come, if it is given.
+
+    Args:
+        predictor: of a run.
+        paths: see :func:`find_images`.
+        out: a ``.csv`` or ``.jsonl`` file.
+        resume: go on with ``out``: its images are not predicted again.
+        progress: told how far it has come.
+
+    Raises:
+        BloodcellError: there is no readable image, or ``out`` cannot be written.
+    """
+    paths = list(paths)
+    writer = PredictionFile(out, predictor.columns, resume) if out else None
+    left = [path for path in paths if path not in writer.done] if writer else paths
+    classes, flags, unreadable, tables, seen = Counter(), Counter(), [], [], 0
+    for batch in predictor.stream(left):
+        writer.append(batch.table) if writer else tables.append(batch.table)
+        classes.update(batch.table.predicted)
+        flags.update(batch.table.flag[batch.table.flag != ""])
+        unreadable += batch.unreadable
+        seen += len(batch.table) + len(batch.unreadable)
+        progress("Predicting", seen, len(left))
+    if len(unreadable) == len(paths):
+        raise BloodcellError("There is no readable image.", "Give image files or folders.")
+    table = None if writer else pd.concat(tables, ignore_index=True)
+    n_images = len(left) - len(unreadable)
+    return Outcome(n_images, classes, flags, unreadable, table, len(paths) - len(left))
+
+
+def _view(images: torch.Tensor, number: int) -> torch.Tensor:
+    """One of the eight ways to turn and mirror square pictures; 0 leaves them as they are."""
+    return (images.flip(-1) if number >= 4 else images).rot90(number % 4, (-2, -1))
+
+
+def _lines(lines: Iterable[str]) -> Iterator[str]:
+    return (path for line in lines if (path := line.rstrip("\r\n")))
+
+
+def _open(path: Path, mode: str):
+    """Text that may hold names of files in any encoding."""
+    return path.open(mode, encoding="utf-8", errors="surrogateescape", newline="")

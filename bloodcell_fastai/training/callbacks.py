@@ -4,6 +4,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from fastai.callback.channelslast import ChannelsLast
@@ -35,7 +36,7 @@ class CPUBFloat16(Callback):
     order = MixedPrecision.order
 
     def before_batch(self):
-        self.autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+        self.autocast = autocast(torch.device("cpu"))
         self.autocast.__enter__()
 
     def after_pred(self):
@@ -52,17 +53,29 @@ class CPUBFloat16(Callback):
             autocast.__exit__(None, None, None)
 
 
-def precision_callback(device: torch.device) -> list[Callback]:
-    """The reduced precision ``device`` computes fastest in, as a list of one callback or none.
+def reduced_precision(device: torch.device) -> torch.dtype | None:
+    """The reduced precision ``device`` computes fastest in; None: float32.
 
-    bfloat16 where the hardware has it, float16 on an older CUDA card, float32 otherwise.
+    bfloat16 where the hardware has it, float16 on an older CUDA card.
     """
     if device.type == "cuda":
-        mode = AMPMode.BF16 if torch.cuda.is_bf16_supported() else AMPMode.FP16
-        return [MixedPrecision(mode)]
-    if device.type == "cpu" and has_cpu_bfloat16():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and has_cpu_bfloat16() else None
+
+
+def precision_callback(device: torch.device) -> list[Callback]:
+    """The callback for :func:`reduced_precision`, as a list of one or none."""
+    if (dtype := reduced_precision(device)) is None:
+        return []
+    if device.type == "cpu":
         return [CPUBFloat16()]
-    return []
+    return [MixedPrecision(AMPMode.BF16 if dtype is torch.bfloat16 else AMPMode.FP16)]
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """A block in which ``device`` computes in :func:`reduced_precision`."""
+    dtype = reduced_precision(device)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
 def has_cpu_bfloat16() -> bool:

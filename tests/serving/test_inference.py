@@ -1,11 +1,14 @@
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
-from bloodcell_fastai import BloodcellError, Config, Predictor, Run, interpret, split_table
-from bloodcell_fastai.serving.inference import predict, write_predictions
+from bloodcell_fastai import BloodcellError, Config, Predictor, Run, interpret_run, split_table
+from bloodcell_fastai.serving.inference import PredictionFile, find_images, predict
 from bloodcell_fastai.training.fit import make_learner, resolve
 
 
@@ -19,46 +22,203 @@ def run(demo_table, tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("runs") / "one")
     run.start(resolve(config, learn), table)
     run.save_model(learn)
-    with learn.no_bar():
-        run.expected = interpret(learn).predictions
+    run.expected = interpret_run(run).predictions
     return run
 
 
-def test_it_predicts_what_interpret_does(run):
-    table = Predictor.load(run.path)(run.expected.path)
-    names = ["path", "predicted", "confidence", *run.expected.filter(like="p_")]
+@pytest.fixture(scope="module")
+def paths(run):
+    return run.expected.path.tolist()
+
+
+def test_it_predicts_what_interpret_does(run, paths):
+    table = Predictor.load(run.path, device="cpu")(paths)
+    names = ["path", "predicted", "confidence", *run.expected.filter(like="p_"), "nearest"]
     pd.testing.assert_frame_equal(table[names], run.expected[names], atol=1e-6)
+    # A distance of 0 is the root of rounding errors.
+    assert np.allclose(table.distance, run.expected.distance, atol=2e-3)
 
 
-def test_a_predictor_is_used_again(run):
+def test_a_predictor_is_used_again(run, paths):
     predictor = Predictor.load(run)
-    paths = run.expected.path.tolist()
     both = pd.concat([predictor(paths[:3]), predictor(paths[3:5])], ignore_index=True)
     pd.testing.assert_frame_equal(both, predictor(paths[:5]), atol=1e-6)
 
 
-def test_folders_are_searched_and_unreadable_files_listed(run, tmp_path):
-    (tmp_path / "deep").mkdir()
-    shutil.copy(run.expected.path[0], tmp_path / "deep" / "a b.jpg")
-    shutil.copy(run.expected.path[1], tmp_path / "b.jpg")
+def test_no_images_give_an_empty_table(run, paths):
+    predictor = Predictor.load(run)
+    assert list(predictor([])) == list(predictor(paths[:1]))
+    assert len(predictor([])) == 0
+
+
+def test_unsure_predictions_are_flagged(run, paths):
+    table = Predictor.load(run, min_confidence=1.0)(paths)
+    assert set(table.flag) <= {"uncertain", "unlike training"}
+    assert "uncertain" in set(table.flag)
+    assert "uncertain" not in set(Predictor.load(run)(paths).flag)
+
+
+def test_images_unlike_training_are_flagged(run, paths, tmp_path):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "black.png")
+    table = Predictor.load(run)([*paths, str(tmp_path / "black.png")])
+    assert table.flag.iloc[-1] == "unlike training"
+    assert table.distance.iloc[-1] > table.distance[:-1].max()
+    assert (table.flag[:-1] == "unlike training").mean() < 0.1
+
+
+def test_turned_pictures_give_the_same_answer_with_tta(run, paths, tmp_path):
+    image = Image.open(paths[0]).resize((64, 64))
+    image.save(tmp_path / "a.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "c.png")
+    files = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    spread = [
+        np.ptp(Predictor.load(run, tta=tta)(files).filter(like="p_").to_numpy(), axis=0).max()
+        for tta in (False, True)
+    ]
+    assert spread[1] < 1e-3 < spread[0]
+
+
+def test_short_memory_halves_the_batch_and_changes_nothing(run, paths, monkeypatch):
+    predictor = Predictor.load(run)
+    expected = predictor(paths)
+    whole = Predictor._logits
+
+    def small(self, images):
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, images)
+
+    monkeypatch.setattr(Predictor, "_logits", small)
+    with pytest.warns(UserWarning, match="Memory is short"):
+        table = predictor(paths)
+    pd.testing.assert_frame_equal(table, expected, atol=2e-3)
+    assert predictor.batch_size <= 5
+
+
+def test_no_memory_for_one_image_is_an_error(run, paths, monkeypatch):
+    def none(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Predictor, "_logits", none)
+    with (
+        pytest.warns(UserWarning, match="Memory is short"),
+        pytest.raises(BloodcellError, match="no memory"),
+    ):
+        Predictor.load(run)(paths[:4])
+
+
+def test_other_failures_are_not_taken_for_short_memory(run, paths, monkeypatch):
+    def broken(self, images):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Predictor, "_logits", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        Predictor.load(run)(paths[:4])
+
+
+def test_an_unreadable_image_is_named(run, paths, tmp_path):
     (tmp_path / "c.jpg").write_text("no image")
-    table, unreadable = predict(run, [tmp_path])
-    assert table.path.tolist() == [str(tmp_path / "b.jpg"), str(tmp_path / "deep" / "a b.jpg")]
-    assert unreadable == [tmp_path / "c.jpg"]
+    with pytest.raises(BloodcellError, match=r"1 of the images .*/c\.jpg"):
+        Predictor.load(run)([paths[0], tmp_path / "c.jpg"])
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
-def test_nothing_to_predict(run, tmp_path, make):
-    make(tmp_path / "x")
-    with pytest.raises(BloodcellError, match=r"No file or folder|No readable image"):
-        predict(run, [tmp_path / "x"])
+def test_a_min_confidence_that_makes_no_sense(run):
+    with pytest.raises(BloodcellError, match="min_confidence"):
+        Predictor.load(run, min_confidence=50)
 
 
-def test_tables_are_written(run, tmp_path):
-    table = run.expected[["path", "predicted", "confidence"]]
-    write_predictions(table, tmp_path / "out.csv")
-    write_predictions(table, tmp_path / "out.json")
-    assert pd.read_csv(tmp_path / "out.csv").predicted.tolist() == table.predicted.tolist()
-    assert json.loads((tmp_path / "out.json").read_text())[0]["path"] == table.path[0]
+@pytest.fixture
+def folder(paths, tmp_path):
+    """Two images, one in a folder below, a file that is none, and a list of both."""
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    shutil.copy(paths[0], tmp_path / "in" / "deep" / "a b.jpg")
+    shutil.copy(paths[1], tmp_path / "in" / "b.jpg")
+    (tmp_path / "in" / "c.jpg").write_text("no image")
+    both = [str(tmp_path / "in" / "b.jpg"), str(tmp_path / "in" / "deep" / "a b.jpg")]
+    (tmp_path / "list.txt").write_text("\n".join([*both, ""]))
+    return tmp_path / "in", both
+
+
+def test_sources(folder):
+    root, both = folder
+    assert list(find_images([*both])) == both
+    assert [path for path in find_images([root]) if path in both] == both
+    assert list(find_images([root.parent / "list.txt"])) == both
+    assert list(find_images(["-"], [f"{path}\n" for path in both])) == both
+    assert list(find_images([f"{root}/*/*.jpg"])) == both[1:]
+    assert list(find_images([f"{root}/**/a*.jpg"])) == both[1:]
+
+
+@pytest.mark.parametrize("source", ["none.jpg", "none/*.jpg"])
+def test_a_source_that_is_not_there(tmp_path, source):
+    with pytest.raises(BloodcellError, match="No file or folder"):
+        list(find_images([tmp_path / source]))
+
+
+def test_a_folder_is_predicted_and_unreadable_files_listed(run, folder):
+    root, both = folder
+    outcome = predict(Predictor.load(run), find_images([root]))
+    assert outcome.table.path.tolist() == both
+    assert outcome.unreadable == [str(root / "c.jpg")]
+    assert outcome.n_images == sum(outcome.classes.values()) == 2
+
+
+def test_nothing_to_predict(run, tmp_path):
+    with pytest.raises(BloodcellError, match="no readable image"):
+        predict(Predictor.load(run), find_images([tmp_path]))
+
+
+def read(path):
+    if path.suffix == ".csv":
+        return pd.read_csv(path, keep_default_na=False)
+    return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl"])
+def test_a_file_grows_with_every_batch(run, paths, tmp_path, name):
+    predictor = Predictor.load(run)
+    predictor.batch_size = 4
+    lengths = []
+    predict(
+        predictor,
+        paths[:10],
+        tmp_path / name,
+        progress=lambda *_: lengths.append(len(read(tmp_path / name))),
+    )
+    assert lengths == [4, 8, 10]
+    written = read(tmp_path / name)
+    pd.testing.assert_frame_equal(written, predictor(paths[:10]), check_dtype=False, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl"])
+def test_a_file_cut_short_is_gone_on_with(run, paths, tmp_path, name):
+    predictor, out = Predictor.load(run), tmp_path / name
+    predict(predictor, paths[:6], out)
+    out.write_bytes(out.read_bytes()[:-30])  # killed in the middle of a row
+    outcome = predict(predictor, paths[:10], out, resume=True)
+    assert outcome.already_done == 5
+    assert outcome.n_images == 5
+    assert read(out).path.tolist() == paths[:10]
+
+
+def test_without_resume_a_file_is_replaced(run, paths, tmp_path):
+    predictor = Predictor.load(run)
+    predict(predictor, paths[:3], tmp_path / "out.csv")
+    predict(predictor, paths[3:5], tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv").path.tolist() == paths[3:5]
+
+
+def test_a_file_of_another_kind_is_not_gone_on_with(tmp_path):
+    (tmp_path / "out.csv").write_text("path,other\na,b\n")
+    with pytest.raises(BloodcellError, match="another kind"):
+        PredictionFile(tmp_path / "out.csv", ["path", "predicted"], resume=True)
     with pytest.raises(BloodcellError, match="Cannot write"):
-        write_predictions(table, tmp_path / "out.xlsx")
+        PredictionFile(tmp_path / "out.xlsx", ["path"])
+
+
+def test_names_in_no_encoding_are_written(tmp_path):
+    file = PredictionFile(tmp_path / "out.csv", ["path"])
+    names = ["caf\udce9.jpg", 'a "b", c.jpg', "new\nline.jpg"]
+    file.append(pd.DataFrame({"path": names}))
+    assert PredictionFile(tmp_path / "out.csv", ["path"], resume=True).done == set(names)

@@ -84,7 +84,7 @@ def test_a_few_images_say_little(n):
 
 def test_features_are_what_the_classifier_multiplies(learn, table):
     paths = table.path[:5]
-    dls = image_dls(paths, CONFIG.arch, CONFIG.size, bs=2, num_workers=0, device="cpu")
+    dls = image_dls(paths, CONFIG.arch, CONFIG.size, bs=2, device="cpu")
     with learn.no_bar():
         logits, features, targets = predict_with_features(learn, dls.valid)
     assert targets is None
@@ -163,7 +163,7 @@ def test_a_run_keeps_its_calibration(calibrated, learn, table):
         distances, _ = reference.nearest(features)
         assert (distances <= calibration.distance_threshold).mean() == pytest.approx(0.95, abs=0.03)
         # A training image without augmentation lies where the reference says.
-        own = image_dls(reference.table.path[:8], "resnet18", 64, 8, num_workers=0, device="cpu")
+        own = image_dls(reference.table.path[:8], "resnet18", 64, 8, device="cpu")
         _, same, _ = predict_with_features(learn, own.valid)
     alone = Reference(reference.features, reference.table, 1)
     distances, rows = alone.nearest(same)
@@ -182,7 +182,7 @@ def test_another_model_drops_the_calibration(calibrated, learn, tmp_path):
 
 
 def test_a_learner_without_photographs_is_calibrated(table, tmp_path):
-    plain = blood_dls(table.drop(columns="photo"), "resnet18", 64, 16, num_workers=0, device="cpu")
+    plain = blood_dls(table.drop(columns="photo"), "resnet18", 64, 16, device="cpu")
     learn = make_learner(CONFIG, table)
     learn.dls = plain
     run = Run(tmp_path)
