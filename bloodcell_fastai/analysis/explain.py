@@ -56,7 +56,6 @@ def heat_maps(
         learn.arch,
         learn.size,
         BATCH_SIZE,
-        num_workers=0 if len(paths) <= BATCH_SIZE else None,
         device=next(learn.model.parameters()).device,
     )
     tap = nn.Identity()
