@@ -26,6 +26,7 @@ _PUBLIC = {
     "interpret_run": "analysis.interpretation",
     "load_learner": "analysis.interpretation",
     "Predictor": "serving.inference",
+    "export_run": "serving.export",
 }
 __all__ = sorted(_PUBLIC)
 
