@@ -111,7 +111,7 @@ class Pixels:
 
     def move_to(self, device: torch.device) -> None:
         """Keep the cached pixels in the memory of a CUDA device that has ample room for them."""
-        if device.type != "cuda" or self._cached is None:
+        if device.type != "cuda" or self._cached is None or self._on_device is not None:
             return
         free, _ = torch.cuda.mem_get_info(device)
         if self._cached.nbytes < free / 4:  # the model and its activations need the rest

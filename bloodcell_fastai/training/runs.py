@@ -8,7 +8,7 @@ import shlex
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import datetime
 from itertools import count
@@ -134,6 +134,10 @@ class Run:
         return (self.path / "last" / "finished.json").is_file()
 
     @property
+    def _checkpoint(self) -> Path:
+        return self.path / "last" / "checkpoint.safetensors"
+
+    @property
     def started(self) -> bool:
         """Whether :meth:`start` came to its end, without which the folder is no run."""
         return (self.path / "config.json").is_file()
@@ -157,8 +161,10 @@ class Run:
             for folder in (self.path / "last", self.report):
                 remove_unfinished(folder)
             shutil.rmtree(self.path / "models", ignore_errors=True)  # fastai's lr_find at work
+            if self.finished:
+                self._checkpoint.unlink(missing_ok=True)
             owner = self.path / ".owner.json"
-            stack.callback(owner.unlink, missing_ok=True)
+            stack.callback(_try_unlink, owner)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
             write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
             yield
@@ -178,7 +184,7 @@ class Run:
     def append_history(self, row: dict) -> None:
         """Add an epoch to ``history.csv``, in place of any the run had from there on."""
         self.cut_history(row["epoch"] - 1)
-        path = self.path / "history.csv"
+        path = self.path / "history.csv"  # kept as text: a number read and written can change
         before = path.read_text() if path.is_file() else ",".join(HISTORY) + "\n"
         added = pd.DataFrame([row], columns=HISTORY).to_csv(index=False, header=False)
         write_text(path, before + added)
@@ -278,18 +284,16 @@ class Run:
         tensors, plain = _pack_optimizer(learn.opt.state_dict())
         tensors |= {f"model.{k}": v for k, v in timm_model(learn).state_dict().items()}
         state = {"epochs_done": epochs_done, "best": best, "wait": wait, "optimizer": plain}
-        path = self.path / "last" / "checkpoint.safetensors"
-        _write_tensors(path, tensors, {"state": json.dumps(state)})
+        _write_tensors(self._checkpoint, tensors, {"state": json.dumps(state)})
 
     def load_last(self) -> "Checkpoint | None":
         """What :meth:`save_last` wrote last, or None if no epoch has finished."""
-        path = self.path / "last" / "checkpoint.safetensors"
-        return Checkpoint(path) if path.is_file() else None
+        return Checkpoint(self._checkpoint) if self._checkpoint.is_file() else None
 
     def finish(self) -> None:
         """Mark the run as done and drop the checkpoint, which nothing will need."""
         write_json(self.path / "last" / "finished.json", {"epochs": len(self.history)})
-        (self.path / "last" / "checkpoint.safetensors").unlink(missing_ok=True)
+        self._checkpoint.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -374,6 +378,11 @@ _CALIBRATION_RANGES = {
 
 def _bad_calibration(path: Path, problem: str) -> BloodcellError:
     return BloodcellError(f"{path}: {problem}.", _RECALIBRATE.format(path.parent.name, path.parent))
+
+
+def _try_unlink(path: Path) -> None:
+    with suppress(OSError):  # what went wrong before matters more
+        path.unlink(missing_ok=True)
 
 
 def _new_folder(root: Path, name: str) -> Path:
