@@ -6,6 +6,7 @@ imported everything and trained nothing: this file, run as a script.
 
 import errno
 import functools
+import importlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pandas as pd
@@ -30,14 +32,15 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 class Warm:
     """Runs ``bloodcell`` commands in forks of a process that has imported what they need."""
 
-    def __init__(self, **env: str):
+    def __init__(self):
         self.server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
+        assert self.server.stdout.readline() == "0\n"
 
     def start(self, folder: Path, *args, faults=(), env=None) -> "Process":
         """Begin ``bloodcell args`` in ``folder``, with faults: functions of this file and their
@@ -101,8 +104,9 @@ class Process:
 
 def serve() -> None:
     """Fork a child for each command asked for on standard input."""
-    import matplotlib.pyplot  # noqa: F401
-
+    for module in ("bloodcell_fastai.analysis.crossval", "matplotlib.pyplot"):
+        importlib.import_module(module)
+    print(0, flush=True)  # ready
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -133,6 +137,8 @@ def work(args: list[str], faults: list[list], env: dict[str, str], output: str) 
         main()
     except SystemExit as end:
         code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
