@@ -466,7 +466,7 @@ def test_a_second_signal_stops_at_once(warm, photos, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message", "hint"),
     [
-        (["disk_full"], "No space left on device", "Make room on the disk"),
+        (["disk_full"], "No space left on device: runs/run/history.csv", "Make room on the disk"),
         (["largest_file", 100_000], "File too large", "Make room on the disk"),
         (["read_only", "runs/run", "runs/run/last"], "Permission denied", "--runs"),
         (["device_memory"], "No memory left for 16 images of 32 px", "--batch-size 8"),
