@@ -37,6 +37,7 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 DEFAULTS = Config()
 MOST_ROWS = 50  # of a table in the terminal
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 Data = Annotated[
     str | None,
@@ -376,6 +377,8 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         code = app(prog_name="bloodcell", standalone_mode=False)
+        if code == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except BloodcellError as error:
         if debug:
             raise
@@ -391,7 +394,7 @@ def main() -> None:
         code = _show_error(usage_error(message, f"See {command} --help.")) if message else 2
     except (Abort, KeyboardInterrupt):
         code = _show_error(
-            BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", 130)
+            BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", INTERRUPTED)
         )
     raise SystemExit(code)
 
