@@ -238,7 +238,7 @@ def broken_decoder(learn) -> None:
 def short_lr_find() -> None:
     from fastai.learner import Learner
 
-    Learner.lr_find = functools.partialmethod(Learner.lr_find, num_it=20)
+    Learner.lr_find = functools.partialmethod(Learner.lr_find, num_it=12)
 
 
 def slow_batches(seconds: float) -> None:
@@ -340,7 +340,7 @@ def assert_resumes(warm: Warm, home: Path, expected: dict[str, bytes]) -> None:
 
 
 def test_killed_at_random_times(warm, photos, tmp_path):
-    epochs, luck = 40, random.Random(time.time_ns())
+    epochs, luck = 60, random.Random(time.time_ns())
     (whole := tmp_path / "whole").mkdir()
     (home := tmp_path / "killed").mkdir()
     began = time.monotonic()
@@ -354,11 +354,14 @@ def test_killed_at_random_times(warm, photos, tmp_path):
     while kills < KILLS:
         begun = (home / "runs" / "run" / "config.json").is_file()
         process = warm.start(home, *(resume() if begun else fit(photos, epochs)))
-        if luck.random() < 1 / 3:  # while it gets ready
+        if kills % 3 == 0:  # while it gets ready
             time.sleep(luck.uniform(0, start / 2))
-        else:
+        elif kills % 3 == 1:  # in its first epoch, more or less
             process.wait_for("Resuming" if begun else "Steps")
-            time.sleep(luck.uniform(0, 1.5 * epoch))
+            time.sleep(luck.uniform(0, start / 2))
+        else:  # in a later one
+            process.wait_for("Epoch [")
+            time.sleep(luck.uniform(0, 3 * epoch))
         assert process.kill() == -signal.SIGKILL, process.output
         kills += 1
         now = epochs_kept(home)
