@@ -178,7 +178,9 @@ def class_intervals(evaluation: Evaluation) -> dict[str, dict]:
     table, classes = evaluation.predictions, evaluation.classes
     photos = table.photo.factorize()[0]
     drawn = resample_photos(photos.max() + 1)
-    true, predicted = (pd.Categorical(table[name], classes).codes for name in ("label", "predicted"))
+    true, predicted = (
+        pd.Categorical(table[name], classes).codes for name in ("label", "predicted")
+    )
     per_photo = np.zeros((drawn.shape[1], len(classes), len(classes)))
     np.add.at(per_photo, (photos, true, predicted), 1)
     matrices = np.tensordot(drawn, per_photo, 1)  # (resamples, true classes, predicted classes)
