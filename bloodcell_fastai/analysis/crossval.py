@@ -55,6 +55,7 @@ def cross_validate(
     pooled = pd.concat([result.predictions for result in results], ignore_index=True)
     leakages = [result.leakage for result in results]
     leakage = None if None in leakages else sum(leakages) / folds
-    write_results(parent, Interpretation(pooled, results[0].classes, leakage))
+    # Each fold has a temperature of its own.
+    write_results(parent, Interpretation(pooled, results[0].classes, leakage, temperature=None))
     parent.finish()
     return parent

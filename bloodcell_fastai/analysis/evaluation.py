@@ -12,8 +12,14 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from ..training.calibration import (
+    calibration_error,
+    predict_with_features,
+    probability_error,
+    softmax,
+)
+
 BOOTSTRAP_SAMPLES = 2000
-CALIBRATION_BINS = 15
 CONFIDENCES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
@@ -23,20 +29,35 @@ class Evaluation:
     Attributes:
         predictions: one row per image: ``path``, ``label``, ``predicted``, ``confidence`` (the
             probability of the predicted class), ``loss`` (cross-entropy, natural logarithm),
-            ``photo`` and ``p_<CLASS>`` for each class.
+            ``photo`` and ``p_<CLASS>`` for each class. Where the run has a reference,
+            ``distance`` to the training images and ``nearest``, the path of the nearest one.
         classes: in the order of the model's outputs.
         leakage: share of the images whose photograph was trained on, 0 to 1; None if unknown.
+        temperature: what the logits were divided by to give the probabilities; None where the
+            predictions are of several models.
+        features: the penultimate features, float32 (images, d); None where they were not kept.
     """
 
     def __init__(
-        self, predictions: pd.DataFrame, classes: tuple[str, ...], leakage: float | None = None
+        self,
+        predictions: pd.DataFrame,
+        classes: tuple[str, ...],
+        leakage: float | None = None,
+        temperature: float | None = 1.0,
+        features: np.ndarray | None = None,
     ):
         self.predictions, self.classes, self.leakage = predictions, tuple(classes), leakage
+        self.temperature, self.features = temperature, features
 
     @property
     def probabilities(self) -> np.ndarray:
         """float64 (images, classes), rows sum to 1."""
         return self.predictions[[f"p_{name}" for name in self.classes]].to_numpy(float)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The true classes, int64 (images,), as indices into ``classes``."""
+        return pd.Index(self.classes).get_indexer(self.predictions.label)
 
     @cached_property
     def confusion_matrix(self) -> np.ndarray:
@@ -62,19 +83,25 @@ class Evaluation:
         return (worst.drop_duplicates("photo") if one_per_photo else worst).head(k)
 
 
-def evaluate(learn: Learner) -> Evaluation:
+def evaluate(learn: Learner, temperature: float = 1.0) -> Evaluation:
     """Predict the validation part of ``learn.dls`` once.
 
     The items must be an image table, as :func:`~bloodcell_fastai.blood_dls` makes them.
+
+    Args:
+        learn: a trained learner.
+        temperature: of the model's calibration; 1 leaves the probabilities as they are.
     """
     table = learn.dls.valid_ds.items.reset_index(drop=True)
-    probabilities = learn.get_preds(dl=learn.dls.valid)[0].double().numpy()
+    logits, features, _ = predict_with_features(learn, learn.dls.valid)
     trained_on = set(learn.dls.train_ds.items.photo)
     known = (table.photo != table.path).any()
     return Evaluation(
-        prediction_table(table, probabilities, tuple(learn.dls.vocab)),
+        prediction_table(table, softmax(logits, temperature), tuple(learn.dls.vocab)),
         tuple(learn.dls.vocab),
         float(table.photo.isin(trained_on).mean()) if known else None,
+        temperature,
+        features.numpy(),
     )
 
 
@@ -83,7 +110,7 @@ def prediction_table(
 ) -> pd.DataFrame:
     """The table of :class:`Evaluation` from an image table and its (images, classes) array."""
     best = probabilities.argmax(axis=1)
-    true = table.label.map({name: index for index, name in enumerate(classes)}).to_numpy()
+    true = pd.Index(classes).get_indexer(table.label)
     rows = np.arange(len(table))
     # float32 can round a probability to 0, whose loss would be infinite.
     of_true = np.maximum(probabilities[rows, true], np.finfo(np.float32).tiny)
@@ -118,7 +145,10 @@ def compute_metrics(evaluation: Evaluation) -> dict:
         "photos_known": bool((table.photo != table.path).any()),
         "leakage": evaluation.leakage,
         "loss": float(table.loss.mean()),
+        "temperature": evaluation.temperature,
         "ece": calibration_error(table.confidence.to_numpy(), correct),
+        "ece_uncalibrated": uncalibrated_error(evaluation),
+        "brier": brier_score(evaluation),
         "classes": list(classes),
         "confusion_matrix": evaluation.confusion_matrix.tolist(),
         "per_class": per_class,
@@ -178,9 +208,7 @@ def class_intervals(evaluation: Evaluation) -> dict[str, dict]:
     table, classes = evaluation.predictions, evaluation.classes
     photos = table.photo.factorize()[0]
     drawn = resample_photos(photos.max() + 1)
-    true, predicted = (
-        pd.Categorical(table[name], classes).codes for name in ("label", "predicted")
-    )
+    true, predicted = evaluation.labels, pd.Index(classes).get_indexer(table.predicted)
     per_photo = np.zeros((drawn.shape[1], len(classes), len(classes)))
     np.add.at(per_photo, (photos, true, predicted), 1)
     matrices = np.tensordot(drawn, per_photo, 1)  # (resamples, true classes, predicted classes)
@@ -287,25 +315,30 @@ def _interval(values: np.ndarray) -> list[float] | None:
     return [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
-    """Images in 15 equal bins of confidence, the empty ones left out (Guo et al. 2017).
+def uncalibrated_error(evaluation: Evaluation) -> float | None:
+    """The expected calibration error without the temperature; None if there is no single one."""
+    probabilities = uncalibrated(evaluation)
+    return None if probabilities is None else probability_error(probabilities, evaluation.labels)
 
-    Returns:
-        ``confidence`` and ``accuracy``, the means within a bin, 0 to 1, and ``images``, indexed
-        by the bin's number.
+
+def uncalibrated(evaluation: Evaluation) -> np.ndarray | None:
+    """The probabilities without the temperature, float64 (images, classes); None if there is no
+    single one.
+
+    Logarithms of probabilities are logits less a number of each image's own, which the softmax
+    does not see: multiplied by the temperature they give the model's own probabilities back.
     """
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    table = pd.DataFrame({"bin": bins, "confidence": confidence, "correct": correct})
-    return table.groupby("bin").agg(
-        confidence=("confidence", "mean"), accuracy=("correct", "mean"), images=("correct", "size")
-    )
+    if evaluation.temperature is None:
+        return None
+    logits = np.log(np.maximum(evaluation.probabilities, np.finfo(float).tiny))
+    return softmax(logits * evaluation.temperature)
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error, 0 to 1, over the bins of :func:`reliability`."""
-    bins = reliability(confidence, correct)
-    gaps = (bins.accuracy - bins.confidence).abs()
-    return float((gaps * bins.images).sum() / len(confidence))
+def brier_score(evaluation: Evaluation) -> float:
+    """Mean over the images of the squared distance of the probabilities from the truth, summed
+    over the classes: 0 is perfect, 2 the worst (Brier 1950)."""
+    truth = np.eye(len(evaluation.classes))[evaluation.labels]
+    return float(((evaluation.probabilities - truth) ** 2).sum(axis=1).mean())
 
 
 def _mean(values: list[float | None]) -> float:

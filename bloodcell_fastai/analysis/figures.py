@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..data.dataset import open_image
 from ..data.provenance import match_pair
 from ..files import atomic_path
-from .evaluation import CALIBRATION_BINS, Evaluation, coverage, reliability
+from ..training.calibration import CALIBRATION_BINS, reliability
+from .evaluation import Evaluation, coverage, uncalibrated
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLE = {
@@ -139,16 +140,22 @@ def plot_top_losses(evaluation: Evaluation, k: int = 9) -> Figure:
 def plot_reliability(evaluation: Evaluation) -> Figure:
     """How often the model is right where it is so and so sure, and how many images that is.
 
-    On the diagonal confidence can be taken at its word; below it the model is too sure.
+    On the diagonal confidence can be taken at its word; below it the model is too sure. Where
+    the probabilities are calibrated, a paler line shows them as they were before.
     """
     table = evaluation.predictions
-    bins = reliability(table.confidence.to_numpy(), (table.label == table.predicted).to_numpy())
+    correct = (table.label == table.predicted).to_numpy()
+    bins, before = reliability(table.confidence.to_numpy(), correct), uncalibrated(evaluation)
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 4.4))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="as sure as right")
-        upper.vlines(bins.confidence, bins.confidence, bins.accuracy, color=ORANGE, lw=2, alpha=0.5)
-        upper.plot(bins.confidence, bins.accuracy, "o-", ms=5, color=BLUE, label="this model")
+        if calibrated := evaluation.temperature not in (None, 1):
+            raw = reliability(before.max(axis=1), correct)
+            upper.plot(raw.confidence, raw.accuracy, "o-", ms=4, lw=1, color=ORANGE, alpha=0.6)
+            upper.lines[-1].set_label("before calibration")
+        label = "calibrated" if calibrated else "this model"
+        upper.plot(bins.confidence, bins.accuracy, "o-", ms=5, color=BLUE, label=label)
         upper.set(ylabel="Accuracy", xlim=(0, 1), ylim=(-0.02, 1.02))
         upper.legend(loc="upper left")
         lower.bar(

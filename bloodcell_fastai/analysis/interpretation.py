@@ -14,6 +14,7 @@ from ..data.provenance import with_photos
 from ..data.splits import photos_known
 from ..errors import BloodcellError
 from ..files import write_json, write_text
+from ..training.calibration import Reference, calibrate
 from ..training.callbacks import use_progress
 from ..training.learner import blood_learner
 from ..training.runs import Run
@@ -47,8 +48,17 @@ def interpret(learn: Learner) -> Interpretation:
     Args:
         learn: a trained learner whose batches come from ``blood_dls``.
     """
-    evaluation = evaluate(learn)
-    return Interpretation(evaluation.predictions, evaluation.classes, evaluation.leakage)
+    return _interpretation(evaluate(learn))
+
+
+def _interpretation(evaluation: Evaluation) -> Interpretation:
+    return Interpretation(
+        evaluation.predictions,
+        evaluation.classes,
+        evaluation.leakage,
+        evaluation.temperature,
+        evaluation.features,
+    )
 
 
 def load_learner(run: Run) -> Learner:
@@ -81,6 +91,7 @@ def load_learner(run: Run) -> Learner:
 def interpret_run(run: Run) -> Interpretation:
     """Score a run's model on its validation images and write the results into its folder.
 
+    Its probabilities are calibrated; a run from before there was a calibration is given one.
     Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the page ``index.html``, the
     classification report and the figures.
 
@@ -89,9 +100,19 @@ def interpret_run(run: Run) -> Interpretation:
     """
     learn = load_learner(run)
     use_progress(learn)
-    result = interpret(learn)
+    calibration = run.calibration or calibrate(learn, run)  # older runs have none
+    result = _interpretation(evaluate(learn, calibration.temperature))
+    result.predictions = with_nearest(result, run.reference)
     write_results(run, result, learn)
     return result
+
+
+def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
+    """The predictions with the ``distance`` of each image from the training images, and the
+    path of the ``nearest`` one."""
+    distances, rows = reference.nearest(evaluation.features)
+    nearest = reference.table.path.to_numpy()[rows]
+    return evaluation.predictions.assign(distance=distances, nearest=nearest)
 
 
 def write_results(run: Run, result: Interpretation, learn: Learner | None = None) -> None:
@@ -123,7 +144,9 @@ def read_results(run: Run) -> Interpretation:
         raise BloodcellError(
             f"Run {run.name} was not interpreted yet.", f"Run: bloodcell interpret {run.name}"
         ) from None
-    return Interpretation(predictions, metrics["classes"], metrics["leakage"])
+    # Results of before the calibration have no temperature: theirs was 1.
+    temperature = metrics.get("temperature", 1.0)
+    return Interpretation(predictions, metrics["classes"], metrics["leakage"], temperature)
 
 
 def summarise(result: Interpretation, config: Config) -> str:

@@ -15,6 +15,7 @@ from datetime import date
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastai.vision.all import Learner
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,11 +25,13 @@ from PIL import Image
 from ..config import Config
 from ..data.dataset import open_image
 from ..data.splits import photos_known
+from ..errors import BloodcellError
 from ..files import write_text
 from ..training.runs import Run
 from ..training.workflow import describe_leakage, duration
 from . import figures
 from .evaluation import BOOTSTRAP_SAMPLES, Evaluation
+from .explain import heat_maps, overlay
 
 DASH = "\N{EN DASH}"
 GALLERY = 8
@@ -59,6 +62,7 @@ def write_report(run: Run, result: Evaluation, learn: Learner | None = None) -> 
 def render_report(run: Run, result: Evaluation, learn: Learner | None = None) -> str:
     """The page as HTML; see :func:`write_report`."""
     config, table, history = run.config, run.table, run.history
+    heat = _heat_maps(result, learn)
     environment = Environment(
         loader=PackageLoader("bloodcell_fastai", "analysis"),
         autoescape=True,
@@ -88,8 +92,9 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         folds=_read_folds(run, config.folds),
         reliability=_figure(figures.plot_reliability(result)),
         coverage=_figure(figures.plot_coverage(result)),
-        gallery=_gallery(result, table, Path(config.data), learn),
-        heat=learn is not None,
+        gallery=_gallery(result, table, Path(config.data), heat),
+        no_heat=_why_no_heat(config, heat),
+        calibration=None if config.folds else run.calibration,
         command=fit_command(config),
         options=asdict(config),
         fingerprint=fingerprint(table, Path(config.data)),
@@ -212,22 +217,55 @@ def _read_folds(run: Run, folds: int) -> list[dict]:
     return result
 
 
+def _worst(result: Evaluation) -> pd.DataFrame:
+    """The images of the gallery: those with the highest loss, one of each photograph."""
+    return result.top_losses(GALLERY, one_per_photo=True)
+
+
+def _heat_maps(result: Evaluation, learn: Learner | None) -> np.ndarray | None:
+    """Heat maps of the gallery's images, for the predicted class; None if there can be none."""
+    if learn is None:
+        return None
+    try:
+        return heat_maps(learn, _worst(result).path.tolist())
+    except BloodcellError:  # the architecture keeps no features with a place in the image
+        return None
+
+
+def _why_no_heat(config: Config, heat: np.ndarray | None) -> str:
+    if heat is not None:
+        return ""
+    if config.folds:
+        return "Heat maps are in the reports of the folds, each of which has a model of its own."
+    return f"There are no heat maps: none can be made for {config.arch}."
+
+
 def _gallery(
-    result: Evaluation, table: pd.DataFrame, root: Path, learn: Learner | None
+    result: Evaluation, table: pd.DataFrame, root: Path, heat: np.ndarray | None
 ) -> list[dict]:
-    """The images with the highest loss, one of each photograph, with all that is known of them."""
-    worst = result.top_losses(GALLERY, one_per_photo=True)
+    """What the page shows of each image of the gallery."""
+    labels = dict(zip(table.path, table.label, strict=True))
     tiles = []
-    for row in worst.to_dict("records"):
-        tile = {
-            "label": row["label"],
-            "predicted": row["predicted"],
-            "loss": row["loss"],
-            "path": _relative(row["path"], root),
-            "image": _picture(row["path"]),
-            "bars": _bars(row, result.classes),
-        }
-        tiles.append(tile)
+    for number, row in enumerate(_worst(result).to_dict("records")):
+        nearest = row.get("nearest")
+        tiles.append(
+            {
+                "label": row["label"],
+                "predicted": row["predicted"],
+                "loss": row["loss"],
+                "distance": row.get("distance"),
+                "path": _relative(row["path"], root),
+                "image": _picture(row["path"]),
+                "heat": None if heat is None else _picture(row["path"], heat[number]),
+                "nearest": nearest
+                and {
+                    "label": labels.get(nearest, "label unknown"),
+                    "path": _relative(nearest, root),
+                    "image": _picture(nearest),
+                },
+                "bars": _bars(row, result.classes),
+            }
+        )
     return tiles
 
 
@@ -245,12 +283,13 @@ def _relative(path: str, root: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _picture(path: str) -> str | None:
-    """An image file as a small data URI; None if it can no longer be read."""
+def _picture(path: str, heat: np.ndarray | None = None) -> str | None:
+    """An image file, at will under a heat map, as a small data URI; None if it is gone."""
     try:
-        return _data_uri(open_image(path))
+        image = open_image(path)
     except OSError:
         return None
+    return _data_uri(image if heat is None else overlay(image, heat))
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -133,7 +133,6 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
                 f"Train again with a lower --lr than {config.lr:g}.",
             )
     run.load_model(learn)
-    run.finish()
 
 
 def max_lr(config: Config, phase: Phase) -> float | slice:

@@ -95,7 +95,8 @@ def blood_learner(
 
     Returns:
         The learner. ``learn.weights_used`` says in a few words what the model started from
-        and ``learn.pretrained`` whether that was training of any kind.
+        and ``learn.pretrained`` whether that was training of any kind; ``learn.arch`` and
+        ``learn.size`` are the architecture and the side of its input.
 
     Raises:
         BloodcellError: unknown architecture, a size it cannot take, weights that cannot be had
@@ -118,7 +119,7 @@ def blood_learner(
             metrics=metrics,
             **kwargs,
         )
-    learn.arch, learn.weights_used = arch, weights_used
+    learn.arch, learn.size, learn.weights_used = arch, size, weights_used
     learn.recorder.train_metrics = True
     return learn.add_cbs([ChannelsLast(), *precision_callback(dls.device)])
 
@@ -241,6 +242,44 @@ def check_arch(arch: str) -> None:
         f"timm has no architecture {arch!r}.",
         f"Did you mean {' or '.join(near)}?" if near else "See timm.list_models().",
     )
+
+
+class ClassifierInputs:
+    """What a classifier was given, collected by :func:`classifier_inputs`."""
+
+    def __init__(self):
+        self._batches: list[torch.Tensor] = []
+
+    def add(self, batch: torch.Tensor) -> None:
+        """Keep a batch (n, d) or, from before a convolution, (n, d, 1, 1)."""
+        self._batches.append(batch.detach().flatten(1).float().cpu())
+
+    def take(self) -> torch.Tensor:
+        """Features of the images since the last take, float32 (n, d) on the CPU, in order."""
+        batches, self._batches = self._batches, []
+        return torch.cat(batches) if batches else torch.empty(0, 0)
+
+
+@contextmanager
+def classifier_inputs(model: nn.Module) -> Iterator[ClassifierInputs]:
+    """Collect the penultimate features of a timm model while it predicts, at no extra cost.
+
+    They are the inputs of ``model.get_classifier()``; of the first, where an architecture has
+    several (distilled ones).
+
+    >>> with classifier_inputs(timm_model(learn)) as inputs:  # doctest: +SKIP
+    ...     probabilities, _ = learn.get_preds()
+    >>> features = inputs.take()  # doctest: +SKIP
+    """
+    classifier = model.get_classifier()
+    if isinstance(classifier, tuple):
+        classifier = classifier[0]
+    inputs = ClassifierInputs()
+    handle = classifier.register_forward_pre_hook(lambda module, args: inputs.add(args[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
 
 
 def _create(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:

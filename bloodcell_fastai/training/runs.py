@@ -1,8 +1,10 @@
 """The folder of a run: the only place that reads or writes one."""
 
 import json
+import math
 import re
 import shutil
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from safetensors.torch import save_file
 from ..config import Config
 from ..errors import BloodcellError
 from ..files import atomic_path, write_json, write_text
-from .learner import load_weights, timm_model
+from .calibration import Calibration, Reference
+from .learner import load_weights, read_tensors, timm_model
 
 HISTORY = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "seconds"]
 
@@ -126,7 +129,11 @@ class Run:
         )
 
     def save_model(self, learn: Learner) -> None:
-        """Write the weights as they are now, in timm's naming, as the best of the run."""
+        """Write the weights as they are now, in timm's naming, as the best of the run.
+
+        A calibration of the weights before them goes.
+        """
+        (self.path / "calibration.json").unlink(missing_ok=True)
         with atomic_path(self.path / "model.safetensors") as temporary:
             save_file(_contiguous(timm_model(learn).state_dict()), temporary)
 
@@ -138,6 +145,48 @@ class Run:
         """
         self.require_model()
         load_weights(timm_model(learn), self.path / "model.safetensors")
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What :func:`calibrate` found for the run's model; None if it was not calibrated.
+
+        Raises:
+            BloodcellError: ``calibration.json`` is not what :meth:`save_calibration` writes.
+        """
+        path = self.path / "calibration.json"
+        return _read_calibration(path) if path.is_file() else None
+
+    @property
+    def reference(self) -> Reference | None:
+        """The training images to compare others with; None if the run was not calibrated.
+
+        Raises:
+            BloodcellError: its files are missing, damaged or do not belong together.
+        """
+        if (calibration := self.calibration) is None:
+            return None
+        path, listed = self.path / "reference.safetensors", self.path / "reference.csv"
+        features = read_tensors(path).get("features")
+        table = pd.read_csv(listed, dtype=str, keep_default_na=False) if listed.is_file() else []
+        fits = features is not None and features.ndim == 2 and len(features) == len(table)
+        if not fits or not 1 <= calibration.neighbours <= len(table):
+            raise BloodcellError(
+                f"{path} and {listed.name} do not belong together.",
+                _RECALIBRATE.format(self.name, self.path),
+            )
+        return Reference(features, table, calibration.neighbours)
+
+    def save_calibration(self, calibration: Calibration, reference: Reference) -> None:
+        """Write ``reference.safetensors``, ``reference.csv`` and ``calibration.json``.
+
+        The last one goes first and comes back last: while it is there, the three belong together.
+        """
+        path = self.path / "calibration.json"
+        path.unlink(missing_ok=True)
+        with atomic_path(self.path / "reference.safetensors") as temporary:
+            save_file({"features": reference.features.half().contiguous()}, temporary)
+        write_text(self.path / "reference.csv", reference.table.to_csv(index=False))
+        write_json(path, asdict(calibration))
 
     def require_model(self) -> None:
         """Refuse to go on without a trained model.
@@ -229,6 +278,41 @@ def newest_unfinished(root: str | Path = "runs") -> Run:
         if not run.finished:
             return run
     raise BloodcellError(f"No unfinished run in {root}/.", "Start a new one: bloodcell fit")
+
+
+_RECALIBRATE = "Calibrate it anew: rm {1}/calibration.json && bloodcell interpret {0}"
+
+
+def _read_calibration(path: Path) -> Calibration:
+    """A calibration whose every field is there and makes sense."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _bad_calibration(path, f"is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise _bad_calibration(path, "holds no table of values")
+    for field in fields(Calibration):
+        low, high, whole = _CALIBRATION_RANGES[field.name]
+        value = values.get(field.name)
+        kinds = (int,) if whole else (int, float)
+        if type(value) not in kinds or not (math.isfinite(value) and low <= value <= high):
+            raise _bad_calibration(path, f"{field.name} is {value!r}")
+    return Calibration(**{field.name: values[field.name] for field in fields(Calibration)})
+
+
+# Lowest and highest value, and whether it is a whole number. Unit vectors are at most 2 apart.
+_CALIBRATION_RANGES = {
+    "temperature": (1e-6, 1e6, False),
+    "distance_threshold": (0, 2, False),
+    "neighbours": (1, math.inf, True),
+    "ece_before": (0, 1, False),
+    "ece_after": (0, 1, False),
+    "n_images": (1, math.inf, True),
+}
+
+
+def _bad_calibration(path: Path, problem: str) -> BloodcellError:
+    return BloodcellError(f"{path}: {problem}.", _RECALIBRATE.format(path.parent.name, path.parent))
 
 
 def _free_name(root: Path, name: str) -> str:

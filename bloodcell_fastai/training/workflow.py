@@ -13,6 +13,7 @@ from ..data.provenance import with_photos
 from ..data.splits import kept_split, leakage, split_table
 from ..errors import BloodcellError
 from ..reporter import Reporter
+from .calibration import calibrate
 from .fit import estimate_seconds, fit, make_learner, phases, resolve
 from .learner import WeightsWarning
 from .runs import Run, newest_unfinished
@@ -99,8 +100,7 @@ def train_table(
     run.start(config, table)
     reporter.say(describe(make_plan(config, table, learn, timed=dry_run), config, run))
     if not dry_run:
-        fit(learn, run, reporter.say)
-        reporter.say(f"Done. Next: bloodcell interpret {run.name}")
+        complete(learn, run, reporter)
     return run
 
 
@@ -127,9 +127,17 @@ def resume(
         learn = make_learner(run.config, run.table, weights)
     done = checkpoint.epochs_done if checkpoint else 0
     reporter.say(f"Resuming {run.name} after epoch {done} of {run.config.epochs}.")
-    fit(learn, run, reporter.say)
-    reporter.say(f"Done. Next: bloodcell interpret {run.name}")
+    complete(learn, run, reporter)
     return run
+
+
+def complete(learn: Learner, run: Run, reporter: Reporter) -> None:
+    """Train to the end, calibrate the best model, and only then mark the run as finished."""
+    fit(learn, run, reporter.say)
+    calibration = calibrate(learn, run)
+    run.finish()
+    reporter.say(str(calibration))
+    reporter.say(f"Done. Next: bloodcell interpret {run.name}")
 
 
 def make_plan(config: Config, table: pd.DataFrame, learn: Learner, timed: bool = False) -> Plan:

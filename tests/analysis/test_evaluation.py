@@ -10,6 +10,7 @@ from bloodcell_fastai.analysis.evaluation import (
     bootstrap_ci,
     calibration_error,
     prediction_table,
+    softmax,
 )
 
 CLASSES = ("A", "B", "C")
@@ -114,6 +115,28 @@ def test_calibration_error():
     assert calibration_error(confidence, np.arange(1000) < 800) == pytest.approx(0)
     assert calibration_error(confidence, np.arange(1000) < 300) == pytest.approx(0.5)
     assert calibration_error(np.ones(10), np.ones(10, bool)) == 0
+
+
+def test_the_brier_score():
+    table = pd.DataFrame({"path": ["/1", "/2"], "label": ["A", "B"], "photo": ["x", "y"]})
+    for row, expected in [((1.0, 0.0), 1.0), ((0.5, 0.5), 0.5), ((0.6, 0.4), 0.52)]:
+        predictions = prediction_table(table, np.array([row, row]), ("A", "B"))
+        assert Evaluation(predictions, ("A", "B")).metrics["brier"] == pytest.approx(expected)
+
+
+def test_the_models_own_calibration_error_is_kept_beside_the_calibrated_one():
+    plain = make_evaluation()
+    logits = np.log(plain.probabilities)
+    logits[:5] *= 60  # as sure as float64 can say
+    own = Evaluation(prediction_table(plain.predictions, softmax(logits), CLASSES), CLASSES)
+    cooled = prediction_table(plain.predictions, softmax(logits, 3.0), CLASSES)
+    metrics = Evaluation(cooled, CLASSES, temperature=3.0).metrics
+    assert metrics["temperature"] == 3.0
+    assert metrics["ece_uncalibrated"] == pytest.approx(own.metrics["ece"])
+    assert metrics["ece"] > 0.05 + metrics["ece_uncalibrated"]
+    pooled = Evaluation(cooled, CLASSES, temperature=None).metrics
+    assert pooled["ece_uncalibrated"] is None
+    assert pooled["ece"] == metrics["ece"]
 
 
 def test_top_losses():

@@ -1,9 +1,11 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.vision.all import ClassificationInterpretation
 
 from bloodcell_fastai import BloodcellError, Config, Run, interpret, interpret_run, split_table
+from bloodcell_fastai.analysis.interpretation import read_results
 from bloodcell_fastai.training.fit import make_learner, resolve
 from bloodcell_fastai.training.learner import timm_model
 
@@ -43,12 +45,36 @@ def test_a_run_is_interpreted_with_its_best_weights(learn_and_run, tmp_path):
     run.start(untrained.config, untrained.table)
     run.save_model(learn)
     with learn.no_bar():
-        expected = interpret(learn).predictions
+        expected = interpret(learn)
     with torch.no_grad():
         timm_model(learn).fc.weight.normal_()
     result = interpret_run(run)
-    assert np.allclose(result.probabilities, expected.filter(like="p_"), atol=1e-6)
+    logits = torch.tensor(expected.probabilities).log() / run.calibration.temperature
+    assert np.allclose(result.probabilities, logits.softmax(1), atol=1e-6)
     assert result.leakage > 0.5  # split at random, photographs known
+
+    metrics = result.metrics
+    assert metrics["temperature"] == run.calibration.temperature
+    assert metrics["ece"] == pytest.approx(run.calibration.ece_after)
+    assert metrics["ece_uncalibrated"] == pytest.approx(expected.metrics["ece"], abs=1e-6)
+    assert metrics["accuracy"] == expected.metrics["accuracy"]
+
+
+def test_a_run_is_told_how_near_its_training_images_are(learn_and_run, tmp_path):
+    learn, untrained = learn_and_run
+    run = Run(tmp_path)
+    run.start(untrained.config, untrained.table)
+    run.save_model(learn)
+    result = interpret_run(run)
+    table = result.predictions
+    assert table.columns.tolist()[-2:] == ["distance", "nearest"]
+    assert table.nearest.isin(run.table.path[run.table.part == "train"]).all()
+    flagged = (table.distance > run.calibration.distance_threshold).mean()
+    assert 0 < flagged <= 0.1  # a twentieth of 28 images, counted in whole ones
+    # The table on disk says the same, and the temperature survives the reading.
+    again = read_results(run)
+    pd.testing.assert_frame_equal(again.predictions, table, check_dtype=False, rtol=1e-6)
+    assert again.metrics["ece_uncalibrated"] == pytest.approx(result.metrics["ece_uncalibrated"])
 
 
 def test_lost_images_are_named(learn_and_run, tmp_path):

@@ -1,7 +1,11 @@
+import json
+
+import pandas as pd
 import pytest
 import torch
 
 from bloodcell_fastai import BloodcellError, Config, Run, blood_dls, blood_learner, split_table
+from bloodcell_fastai.training.calibration import Calibration, Reference
 from bloodcell_fastai.training.learner import timm_model
 from bloodcell_fastai.training.runs import HISTORY, newest_unfinished
 
@@ -103,3 +107,64 @@ def test_a_finished_run_drops_its_checkpoint(tmp_path, learn):
     run.finish()
     assert run.finished
     assert run.load_last() is None
+
+
+@pytest.fixture
+def calibrated(tmp_path) -> Run:
+    run = Run(tmp_path / "calibrated")
+    names = pd.DataFrame({"path": ["/1", "/2"], "label": ["A", "NA"], "photo": ["01", "02"]})
+    reference = Reference(torch.eye(2, 3).half(), names, 2)
+    run.save_calibration(Calibration(1.5, 0.25, 2, 0.04, 0.01, 30), reference)
+    return run
+
+
+def test_a_calibration_comes_back(calibrated, tmp_path):
+    assert Run(tmp_path / "none").calibration is None
+    assert Run(tmp_path / "none").reference is None
+    assert calibrated.calibration == Calibration(1.5, 0.25, 2, 0.04, 0.01, 30)
+    reference = calibrated.reference
+    assert torch.equal(reference.features, torch.eye(2, 3).half())
+    assert reference.table.values.tolist() == [["/1", "A", "01"], ["/2", "NA", "02"]]
+    assert reference.neighbours == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("distance_threshold", float("inf")),
+        ("neighbours", 1.5),
+        ("neighbours", 0),
+        ("ece_after", -0.1),
+        ("n_images", None),
+    ],
+)
+def test_a_calibration_that_makes_no_sense_is_refused(calibrated, field, value):
+    path = calibrated.path / "calibration.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(BloodcellError, match=f"{field} is") as caught:
+        _ = calibrated.calibration
+    assert "bloodcell interpret calibrated" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}"])
+def test_a_damaged_calibration_is_refused(calibrated, text):
+    (calibrated.path / "calibration.json").write_text(text)
+    with pytest.raises(BloodcellError, match=r"calibration\.json"):
+        _ = calibrated.calibration
+
+
+def test_reference_files_that_do_not_belong_together(calibrated):
+    listed = calibrated.path / "reference.csv"
+    listed.write_text("".join(listed.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(BloodcellError, match="do not belong together"):
+        _ = calibrated.reference
+    listed.unlink()
+    with pytest.raises(BloodcellError, match="do not belong together"):
+        _ = calibrated.reference
+    (calibrated.path / "reference.safetensors").unlink()
+    with pytest.raises(BloodcellError, match=r"reference\.safetensors"):
+        _ = calibrated.reference
