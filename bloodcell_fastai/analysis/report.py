@@ -75,6 +75,7 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         run=run.name,
         written=date.today(),
         config=config,
+        source=Path(config.data).name or "not recorded",
         split=_describe_split(config),
         warnings=_warnings(config),
         samples=BOOTSTRAP_SAMPLES,
