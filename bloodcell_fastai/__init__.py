@@ -20,11 +20,14 @@ _PUBLIC = {
     "augmentation": "data.blocks",
     "blood_learner": "training.learner",
     "timm_model": "training.learner",
+    "calibrate": "training.calibration",
     "Run": "training.runs",
     "train": "training.workflow",
     "interpret": "analysis.interpretation",
     "interpret_run": "analysis.interpretation",
     "load_learner": "analysis.interpretation",
+    "heat_maps": "analysis.explain",
+    "overlay": "analysis.explain",
     "Predictor": "serving.inference",
 }
 __all__ = sorted(_PUBLIC)
