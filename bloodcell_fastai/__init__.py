@@ -29,6 +29,7 @@ _PUBLIC = {
     "heat_maps": "analysis.explain",
     "overlay": "analysis.explain",
     "Predictor": "serving.inference",
+    "export_run": "serving.export",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -259,6 +259,26 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    format: Annotated[str, typer.Option(help="onnx, timm or fastai.")] = "timm",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; RUN/export/FORMAT if left out.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Upload it to the Hugging Face Hub (timm only)."),
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the model of a run for use elsewhere, with a model card."""
+    from .serving.export import export_run
+    from .training.runs import Run
+
+    export_run(Run.open(run, runs), format, out, push_to_hub, TerminalReporter())
+
+
+@app.command()
 def serve(
     run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
     host: Annotated[
@@ -302,7 +322,8 @@ class TerminalReporter(Reporter):
 
     def warn(self, text: str) -> None:
         """Print a frame that cannot be missed."""
-        errors.print(Panel(text, title="WARNING", border_style="bold yellow", style="bold"))
+        frame = Panel(text, title="WARNING", border_style="bold yellow", style="bold")
+        errors.print(frame, soft_wrap=False)  # or the frame would cut the text off
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show a bar for ``what`` until it is done; nothing where there is no terminal."""

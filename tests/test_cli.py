@@ -10,7 +10,7 @@ from PIL import Image
 
 from bloodcell_fastai import Config
 
-COMMANDS = ["data", "audit", "fit", "interpret", "predict"]
+COMMANDS = ["data", "audit", "fit", "interpret", "predict", "export"]
 LITE0 = "tf_efficientnet_lite0"
 
 

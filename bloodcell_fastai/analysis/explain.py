@@ -75,7 +75,6 @@ def model_heat_maps(
         arch,
         size,
         BATCH_SIZE,
-        num_workers=0 if len(paths) <= BATCH_SIZE else None,
         device=next(model.parameters()).device,
     )
     network, tap = nn.Sequential(TimmBody(model), TimmHead(model)), nn.Identity()

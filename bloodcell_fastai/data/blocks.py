@@ -132,7 +132,8 @@ def blood_dls(
         batch_tfms=[*(augmentation() if batch_tfms is None else batch_tfms), normalization(arch)],
     )
     pixels = Pixels.open(table.path, size, cache, threads, progress)
-    return _loaders(block, used, bs, pixels, device)
+    device = torch.device(device or default_device())
+    return _loaders(block, used, bs, prediction_batch_size(device, size), pixels, device)
 
 
 def image_dls(
@@ -157,7 +158,9 @@ def image_dls(
         n_inp=1,
     )
     table = pd.DataFrame({"path": [str(path) for path in paths]})
-    return _loaders(block, table, bs, Pixels(size, threads), device)
+    device = torch.device(device or default_device())
+    bs = bs or prediction_batch_size(device, size)
+    return _loaders(block, table, bs, bs, Pixels(size, threads), device)
 
 
 def config_dls(
@@ -239,14 +242,19 @@ def prediction_batch_size(device: torch.device, size: int) -> int:
     return int(min(max(pixels // size**2, 4), 512))
 
 
-def _loaders(block: DataBlock, table: pd.DataFrame, bs: int | None, pixels: Pixels, device):
-    device = torch.device(device or default_device())
+def _loaders(
+    block: DataBlock,
+    table: pd.DataFrame,
+    bs: int,
+    val_bs: int,
+    pixels: Pixels,
+    device: torch.device,
+) -> DataLoaders:
     pixels.move_to(device)
-    val_bs = prediction_batch_size(device, pixels.size)
     return block.dataloaders(
         table,
         dl_type=BatchDL,
-        bs=bs or val_bs,
+        bs=bs,
         val_bs=val_bs,
         num_workers=0,
         device=device,

@@ -105,6 +105,10 @@ class Pixels:
             return cls(size, threads)
         return cls(size, threads, cached, {path: row for row, path in enumerate(paths)})
 
+    def __getstate__(self) -> dict:
+        """What a pickle keeps, such as fastai's ``learn.export``: no pictures."""
+        return self.__dict__ | {"rows": {}, "_cached": None, "_on_device": None}
+
     def move_to(self, device: torch.device) -> None:
         """Keep the cached pixels in the memory of a CUDA device that has ample room for them."""
         if device.type != "cuda" or self._cached is None:

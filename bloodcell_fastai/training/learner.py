@@ -294,7 +294,7 @@ def _create(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
     """
     check_arch(arch)
     try:
-        model = _create_sized(arch, n_out, size, **kwargs)
+        model, _ = create_sized(arch, n_out, size, **kwargs)
         _try_forward(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise usage_error(
@@ -303,13 +303,18 @@ def _create(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
     return model
 
 
-def _create_sized(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
+def create_sized(arch: str, n_out: int, size: int, **kwargs) -> tuple[nn.Module, dict[str, int]]:
+    """A timm model for ``size`` pixels, and what ``timm.create_model`` was told of the size.
+
+    That is ``img_size``, or nothing where the architecture takes any size.
+    """
+    sized = {"img_size": size}
     try:
-        return timm.create_model(arch, num_classes=n_out, img_size=size, **kwargs)
+        return timm.create_model(arch, num_classes=n_out, **sized, **kwargs), sized
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-    return timm.create_model(arch, num_classes=n_out, **kwargs)  # takes any size
+    return timm.create_model(arch, num_classes=n_out, **kwargs), {}
 
 
 def _try_forward(model: nn.Module, size: int) -> None:
@@ -323,7 +328,7 @@ def _size_hint(arch: str, size: int) -> str:
     fitting = []
     for candidate in (below, below + 32):
         try:
-            _try_forward(_create_sized(arch, 2, candidate), candidate)
+            _try_forward(create_sized(arch, 2, candidate)[0], candidate)
             fitting.append(str(candidate))
         except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
             continue

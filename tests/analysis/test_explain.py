@@ -18,7 +18,7 @@ COPY = (320, 240)
 
 
 def make_learner(table, arch: str, size: int, weights="none"):
-    dls = blood_dls(table, arch, size, bs=8, num_workers=0, device=CPU)
+    dls = blood_dls(table, arch, size, bs=8, device=CPU)
     return blood_learner(dls, arch, weights, size=size)
 
 
@@ -33,7 +33,7 @@ def lite0(table, lite0_weights):
     all: 93 % of the validation images are right, chance is 25 %."""
     learn = make_learner(table, "tf_efficientnet_lite0", 256, lite0_weights)
     train = table[table.part == "train"]
-    images = image_dls(train.path, learn.arch, learn.size, 16, num_workers=0, device=CPU)
+    images = image_dls(train.path, learn.arch, learn.size, 16, device=CPU)
     with learn.no_bar():
         _, features, _ = predict_with_features(learn, images.valid)
     fitted = LogisticRegression(max_iter=500).fit(features, train.label)
@@ -90,7 +90,7 @@ def test_maps_go_from_0_to_1(maps, cells):
 
 def test_the_predicted_class_is_explained_or_the_one_asked_for(lite0, maps, cells):
     paths = cells.path.tolist()[:3]
-    images = image_dls(paths, lite0.arch, 256, 8, num_workers=0, device=CPU)
+    images = image_dls(paths, lite0.arch, 256, 8, device=CPU)
     with lite0.no_bar():
         predicted = predict_with_features(lite0, images.valid)[0].argmax(axis=1)
     same = heat_maps(lite0, paths, predicted.tolist())

@@ -1,4 +1,5 @@
 import os
+import pickle
 import shutil
 import threading
 
@@ -128,3 +129,9 @@ def test_decoding_hands_errors_on(paths, tmp_path):
     _, images = next(decode_ahead([[paths[0], str(tmp_path / "none.jpg")]], 32))
     assert images[0].shape == (32, 32, 3)
     assert isinstance(images[1], OSError)
+
+
+def test_a_pickle_holds_no_pictures(paths):
+    again = pickle.loads(pickled := pickle.dumps(Pixels.open(paths, 64, build=True)))
+    assert len(pickled) < 1000
+    assert next(again.batches([paths[:1]])).shape == (1, 3, 64, 64)

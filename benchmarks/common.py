@@ -1,0 +1,119 @@
+"""What the timing scripts share: the images, turns, medians, and the plain fastai side."""
+
+import argparse
+import contextlib
+import io
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import timm
+import torch
+from fastai.vision.all import (
+    CrossEntropyLossFlat,
+    ImageDataLoaders,
+    Learner,
+    Normalize,
+    Resize,
+    ResizeMethod,
+    accuracy,
+    aug_transforms,
+)
+
+from bloodcell_fastai import open_dataset, split_table, with_photos
+from bloodcell_fastai.config import DEFAULT_ARCH
+from bloodcell_fastai.data.smears import make_demo
+
+warnings.filterwarnings("ignore")
+
+
+def arguments(doc: str, **defaults) -> argparse.Namespace:
+    """The options all scripts take; ``defaults`` in place of the usual ones, and further ones."""
+    usual = {"data": "", "arch": DEFAULT_ARCH, "size": 256, "repeats": 3}
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    for name, default in (usual | defaults).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def read_table(data: str, n_train: int, n_valid: int) -> pd.DataFrame:
+    """An image table with so many images on each side; of the drawn demo set by default."""
+    root = Path(tempfile.mkdtemp(prefix="bench-"))
+    os.environ.setdefault("BLOODCELL_CACHE", str(root / "cache"))
+    if not data:
+        data = str(make_demo(root / "demo", photos_per_class=24, copies=8))
+    dataset = open_dataset(data, home=root)
+    table = split_table(with_photos(dataset.table, dataset.root), "random")
+    parts = [(table[table.part == part], n) for part, n in (("train", n_train), ("valid", n_valid))]
+    return pd.concat(
+        [rows.sample(n, random_state=0, replace=len(rows) < n) for rows, n in parts],
+        ignore_index=True,
+    )
+
+
+def plain_dls(table: pd.DataFrame, arch: str, size: int, bs: int) -> ImageDataLoaders:
+    """Batches as a fastai user makes them, with the same transforms as ours."""
+    stats = timm.get_pretrained_cfg(arch)
+    return ImageDataLoaders.from_df(
+        table.assign(is_valid=table.part == "valid"),
+        path="/",
+        fn_col="path",
+        label_col="label",
+        valid_col="is_valid",
+        item_tfms=Resize(size, method=ResizeMethod.Squish),
+        batch_tfms=[
+            *aug_transforms(flip_vert=True, max_rotate=180.0, max_warp=0.1),
+            Normalize.from_stats(stats.mean, stats.std),
+        ],
+        bs=bs,
+    )
+
+
+def plain_learner(dls: ImageDataLoaders, model: torch.nn.Module) -> Learner:
+    """A fastai learner with nothing but what fastai gives it."""
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+
+def in_turn(cases: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Medians of what each case returns, measured in turn so that the machine's moods hit all
+    alike. A first round warms up and is not counted."""
+    rounds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(repeats + 1):
+        for name, case in cases.items():
+            value = case()
+            print(f"  round {number}  {name:28s} {value:10.2f}", flush=True)
+            if number:
+                rounds[name].append(value)
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of ``work``, the device's included, its prints and progress bars swallowed."""
+    synchronise()
+    started = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        work()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> str:
+    """Where and with what this was measured, in a line."""
+    device = f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "fastai", "timm"))
+    return f"{device}, Python {platform.python_version()}, {versions}"

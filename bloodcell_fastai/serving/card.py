@@ -1,0 +1,116 @@
+"""The model card of an export: a README with the metadata the Hugging Face Hub reads."""
+
+import json
+from pathlib import Path
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import PretrainedCfg
+
+from ..config import Config
+from ..data.splits import leakage
+from ..training.runs import Run
+from ..training.workflow import describe_leakage
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+HEADLINES = {  # of metrics.json: what the card calls them
+    "accuracy": "Accuracy per image",
+    "photo_accuracy": "Accuracy per photograph",
+}
+
+
+def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
+    """The card of a run's model: data, split, leakage, scores, limits and how to use it.
+
+    It follows the model cards of Mitchell et al. (2019) and says of every score what it was
+    measured on. Paths of this machine stay out of it.
+
+    Args:
+        run: a run with a model. Scores are those of its ``metrics.json``; without it the card
+            says that the model was not evaluated.
+        format: ``onnx``, ``timm`` or ``fastai``, for the lines on how to use it.
+        repo_id: where on the Hub it will be; the lines say so.
+
+    Returns:
+        Markdown with a YAML block.
+    """
+    config, table = run.config, run.table
+    metrics = _metrics(run)
+    name = repo_id.split("/")[1] if repo_id else run.name
+    share = leakage(table)  # None if the photographs are not known
+    first = _first_weights(config)
+    card = ModelCard.from_template(
+        _metadata(config, metrics, format, name),
+        template_path=str(TEMPLATE),
+        name=name,
+        config=config,
+        format=format,
+        source=f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER",
+        dataset=_dataset_name(config),
+        images={part: int(n) for part, n in table.part.value_counts().items()},
+        photos={} if share is None else table.groupby("part").photo.nunique().to_dict(),
+        leakage=describe_leakage(metrics["leakage"] if metrics else share),
+        metrics=metrics,
+        headlines=[(title, *_interval(metrics, key)) for key, title in HEADLINES.items()]
+        if metrics
+        else [],
+        calibration=getattr(run, "calibration", None),
+        first_licence=first.license if first else None,
+        epochs=len(run.history),
+        figure=_figure,
+    )
+    return f"{card}\n"
+
+
+def _metadata(config: Config, metrics: dict | None, format: str, name: str) -> ModelCardData:
+    """The YAML block. It names no licence: that is for whoever publishes the weights to say."""
+    first = _first_weights(config)
+    scores = {}
+    if metrics:
+        scores = {
+            "model_name": name,
+            "eval_results": [
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type="imagefolder",
+                    dataset_name=f"{_dataset_name(config)}, split {config.split}",
+                    dataset_split="validation",
+                    metric_type="accuracy",
+                    metric_name=title,
+                    metric_value=round(metrics[key], 4),
+                )
+                for key, title in HEADLINES.items()
+            ],
+        }
+    return ModelCardData(
+        library_name=format,
+        pipeline_tag="image-classification",
+        tags=["image-classification", "medical", "blood-cells", "bloodcell-fastai"],
+        base_model=first.hf_hub_id if first else None,
+        **scores,
+    )
+
+
+def _first_weights(config: Config) -> PretrainedCfg | None:
+    """timm's own account of the ImageNet weights a run started from; None if it did not."""
+    return (
+        timm.get_pretrained_cfg(config.arch) if config.weights_used.startswith("imagenet") else None
+    )
+
+
+def _metrics(run: Run) -> dict | None:
+    path = run.path / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _dataset_name(config: Config) -> str:
+    """The folder's name alone: the rest of its path is nobody's business."""
+    return Path(config.data).name or "unnamed"
+
+
+def _interval(metrics: dict, key: str) -> tuple[str, str, str]:
+    return tuple(f"{value:.2%}" for value in (metrics[key], *metrics[f"{key}_ci95"]))
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
