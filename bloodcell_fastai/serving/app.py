@@ -379,8 +379,8 @@ def _limits(predictor: Predictor) -> list[str]:
         limits.insert(
             2,
             f"{UNLIKE.capitalize()!r} marks images further from the training images than "
-            f"{percent(KNOWN_SHARE, 0)} of the validation images were. It catches much that is foreign, "
-            "not all, and some that is not.",
+            f"{percent(KNOWN_SHARE, 0)} of the validation images were. It catches much that is "
+            "foreign, not all of it, and some that is not.",
         )
     if predictor.calibration is None:
         limits.append("Its probabilities are not calibrated: it may be surer than it should be.")
