@@ -216,16 +216,15 @@ def create_app(service: Service, folder: Path) -> FastAPI:
         folder: for the examples and the files that are uploaded to the page; remove it
             afterwards.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
-    app = create_api(service)
+    uploads = folder.resolve() / "uploads"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # the one way to tell Gradio
     return gr.mount_gradio_app(
-        app,
-        create_page(service, draw_examples(folder / "examples")),
+        create_api(service),
+        create_page(service, draw_examples(folder / "examples"), uploads),
         path="/",
         theme=gr.themes.Base(primary_hue="blue", font=FONT, font_mono=MONO),
         css_paths=Path(__file__).with_name("page.css"),
         max_file_size=f"{MAX_FILE_MB}mb",
-        allowed_paths=[str(folder / "examples")],
         footer_links=[],
         run_history=False,  # Gradio's record of what was asked
         ssr_mode=False,
@@ -275,24 +274,31 @@ def create_api(service: Service) -> FastAPI:
     return app
 
 
-def create_page(service: Service, examples: Sequence[Path]) -> gr.Blocks:
+def create_page(service: Service, examples: Sequence[Path], uploads: Path) -> gr.Blocks:
     """The page, for people; answers show the heat map and the nearest training photographs.
 
     Args:
         service: what answers.
         examples: images to click.
+        uploads: folder, resolved, where Gradio puts what is uploaded.
     """
     page = _template()
 
-    def answer(paths: list[str]) -> str:
-        files = [Path(path) for path in paths]
+    def answer(files: Sequence[Path]) -> str:
         if problem := _refuse([file.name for file in files], [f.stat().st_size for f in files]):
             return page.problem(problem)
-        return page.answers(*_cards(service, paths), service.card)
+        return page.answers(*_cards(service, list(map(str, files))), service.card)
 
-    def show(number: int) -> str:
-        return answer([str(examples[number])])
+    def answer_uploads(sent: list[dict]) -> str:
+        files = [Path(file["path"]).resolve() for file in sent]
+        if not all(file.is_relative_to(uploads) for file in files):
+            raise gr.Error("Only files that were uploaded are read.", print_exception=False)
+        return answer(files)
 
+    def answer_example(number: int) -> str:
+        return answer([examples[number]])
+
+    listen = {"preprocess": False, "api_visibility": "private"}
     with gr.Blocks(
         title=f"bloodcell: {service.card.run}",
         analytics_enabled=False,
@@ -312,10 +318,15 @@ def create_page(service: Service, examples: Sequence[Path]) -> gr.Blocks:
                 answers = gr.HTML(page.nothing(), elem_id="answers", apply_default_css=False)
         gr.HTML(page.about(service.card), apply_default_css=False)
         # The files are cleared away, so that the next ones can be dropped.
-        files.upload(answer, files, answers, api_visibility="private").then(
-            lambda: None, None, files, api_visibility="private"
+        files.upload(answer_uploads, files, answers, **listen).then(
+            lambda: None, None, files, **listen
         )
-        drawn.click(show, drawn, answers, api_visibility="private")
+        drawn.click(answer_example, drawn, answers, **listen)
+    # Left alone, Gradio copies any file and fetches any address that a caller names, for it
+    # checks neither in a page that it has not launched itself.
+    blocks.has_launched = True
+    for component in (files, drawn):
+        component.async_move_resource_to_block_cache = _left_where_it_is
     return blocks
 
 
@@ -443,6 +454,10 @@ def _refuse(names: Sequence[str], sizes: Sequence[int]) -> str | None:
             megabytes = size / 10**6
             return f"{name} has {megabytes:.0f} MB: send files of at most {MAX_FILE_MB} MB."
     return None
+
+
+async def _left_where_it_is(path: str) -> str:
+    return path
 
 
 def _store(file: UploadFile, path: Path) -> str:
