@@ -354,7 +354,9 @@ def test_ctrl_c_ends_it_and_nothing_is_left(server):
     assert "KeyboardInterrupt" not in errors
     assert "CancelledError" not in errors
     assert list(server.temporary.glob("bloodcell-*")) == []
-    assert set(server.addresses.read_text().splitlines()) == {"socket.bind 127.0.0.1"}
+    addresses = set(server.addresses.read_text().splitlines())
+    assert "socket.bind 127.0.0.1" in addresses
+    assert addresses <= {"socket.bind 127.0.0.1", "socket.bind ::1"}  # a library tries IPv6
 
 
 def test_a_run_that_was_not_interpreted(run, tmp_path):
