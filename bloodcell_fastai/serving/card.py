@@ -54,7 +54,7 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
         headlines=[(title, *_interval(metrics, key)) for key, title in HEADLINES.items()]
         if metrics
         else [],
-        calibration=getattr(run, "calibration", None),
+        calibration=run.calibration,
         first_licence=first.license if first else None,
         epochs=len(run.history),
         figure=_figure,
