@@ -33,7 +33,6 @@ from sklearn.metrics import roc_auc_score
 from bloodcell_fastai import Run, load_learner
 from bloodcell_fastai.data.blocks import image_dls
 from bloodcell_fastai.data.dataset import list_folder
-from bloodcell_fastai.training.callbacks import use_progress
 from bloodcell_fastai.training.calibration import (
     Calibration,
     Reference,
@@ -41,6 +40,7 @@ from bloodcell_fastai.training.calibration import (
     predict_with_features,
     softmax,
 )
+from bloodcell_fastai.training.callbacks import use_progress
 
 WIDTH, HEIGHT = 320, 240  # of a drawn picture
 NEIGHBOURS = (1, 2, 5, 10, 20, 50)

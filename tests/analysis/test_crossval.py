@@ -39,12 +39,17 @@ def test_every_image_is_predicted_once_by_a_model_that_has_not_seen_it(demo_root
     assert sorted(pooled.path) == sorted(table.path)
     assert table.groupby("photo").fold.nunique().eq(1).all()
     for number in (1, 2, 3):
-        fold = Run(run.path / f"fold-{number}").table
+        model = Run(run.path / f"fold-{number}")
+        fold = model.table
         valid = set(fold.path[fold.part == "valid"])
+        rows = pooled[pooled.path.isin(valid)]
+        assert model.calibration.n_images == len(valid)
+        assert set(rows.nearest) <= set(fold.path[fold.part == "train"])
         assert valid == set(table.path[table.fold == str(number)])
     metrics = pd.read_json(run.path / "metrics.json", typ="series")
     assert metrics.n_images == len(table)
     assert metrics.leakage == 0
+    assert metrics.temperature is None  # each fold has its own
     assert np.sum(metrics.confusion_matrix) == len(table)
     page = (run.path / "report" / "index.html").read_text(encoding="utf-8")
     assert "Heat maps are in the reports of the folds" in page
