@@ -21,6 +21,7 @@ from ..training.runs import Run
 from ..training.workflow import describe_leakage
 from . import figures
 from .evaluation import Evaluation, evaluate
+from .report import write_report
 
 
 class Interpretation(Evaluation):
@@ -91,8 +92,8 @@ def interpret_run(run: Run) -> Interpretation:
     """Score a run's model on its validation images and write the results into its folder.
 
     Its probabilities are calibrated; a run from before there was a calibration is given one.
-    Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the classification report
-    and the figures.
+    Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the page ``index.html``, the
+    classification report and the figures.
 
     Raises:
         BloodcellError: the run has no model yet, or its images are gone.
@@ -102,7 +103,7 @@ def interpret_run(run: Run) -> Interpretation:
     calibration = run.calibration or calibrate(learn, run)  # older runs have none
     result = _interpretation(evaluate(learn, calibration.temperature))
     result.predictions = with_nearest(result, run.reference)
-    write_results(run, result)
+    write_results(run, result, learn)
     return result
 
 
@@ -114,8 +115,8 @@ def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
     return evaluation.predictions.assign(distance=distances, nearest=nearest)
 
 
-def write_results(run: Run, result: Interpretation) -> None:
-    """Write the files of :func:`interpret_run`."""
+def write_results(run: Run, result: Interpretation, learn: Learner | None = None) -> None:
+    """Write the files of :func:`interpret_run`; without the learner the page has no heat maps."""
     write_text(run.path / "predictions.csv", result.predictions.to_csv(index=False))
     write_json(run.path / "metrics.json", result.metrics)
     write_text(run.report / "classification_report.txt", result.classification_report())
@@ -127,6 +128,7 @@ def write_results(run: Run, result: Interpretation) -> None:
         pictures["curves"] = figures.plot_history(history)
     for name, figure in pictures.items():
         figures.save_figure(figure, run.report / f"{name}.png")
+    write_report(run, result, learn)
 
 
 def read_results(run: Run) -> Interpretation:

@@ -205,8 +205,27 @@ def probability_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return calibration_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels)
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error, 0 to 1, over 15 equal bins of confidence (Guo et al. 2017)."""
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
+    """Images in 15 equal bins of confidence, the empty ones left out (Guo et al. 2017).
+
+    Args:
+        confidence: float (n,), the probability of the predicted class, 0 to 1.
+        correct: bool (n,).
+
+    Returns:
+        ``confidence`` and ``accuracy``, the means within a bin, 0 to 1, and ``images``; indexed
+        by the bin's number, 0 to 14.
+    """
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = pd.DataFrame({"bin": bins, "gap": correct - confidence}).groupby("bin").gap.sum().abs()
-    return float(gaps.sum() / len(confidence))
+    table = pd.DataFrame({"bin": bins, "confidence": confidence, "correct": correct})
+    return table.groupby("bin").agg(
+        confidence=("confidence", "mean"), accuracy=("correct", "mean"), images=("correct", "size")
+    )
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error, 0 to 1: the mean gap between confidence and accuracy over the
+    bins of :func:`reliability`, weighted by their images (Guo et al. 2017)."""
+    bins = reliability(confidence, correct)
+    gaps = (bins.accuracy - bins.confidence).abs()
+    return float((gaps * bins.images).sum() / len(confidence))
