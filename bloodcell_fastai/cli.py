@@ -215,7 +215,7 @@ def interpret(
 
     chosen = Run.open(run, runs)
     console.print(summarise(interpret_run(chosen), chosen.config))
-    console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/")
+    console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/index.html")
 
 
 @app.command()

@@ -217,12 +217,17 @@ def test_names_cannot_break_the_page(tmp_path):
         assert text in page.text
 
 
-@pytest.mark.parametrize("count", [2, 20])
-def test_a_run_of_which_little_is_known(tmp_path, count):
-    """No history, photographs, calibration or version, and a class without images."""
+def make_poor_run(path, count: int) -> tuple[Run, Interpretation]:
+    """No history, photographs, calibration, versions or images, and a class of none."""
     classes = tuple(f"A_CLASS_WITH_A_VERY_LONG_NAME_{i}" for i in range(count))
     result = make_result([*classes[1:]] * 3, classes)
-    page = Page(render_report(make_run(tmp_path, result), result))
+    return make_run(path, result), result
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_a_run_of_which_little_is_known(tmp_path, count):
+    run, result = make_poor_run(tmp_path, count)
+    classes, page = result.classes, Page(render_report(run, result))
     assert page.headings == SECTIONS
     assert "no history" in page.text
     assert "cannot be read any more" in page.text  # there are no such images
@@ -317,3 +322,11 @@ def test_in_a_browser(browser, page, run, width):
     )
     assert_agrees(figures, run)
     context.close()
+
+
+def test_many_long_names_fit_on_a_phone(browser, tmp_path):
+    run, result = make_poor_run(tmp_path, 20)
+    tab = browser.new_page(viewport={"width": 390, "height": 850})
+    tab.set_content(render_report(run, result))
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.close()
