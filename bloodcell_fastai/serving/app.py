@@ -222,7 +222,7 @@ def create_app(service: Service, folder: Path) -> FastAPI:
         create_api(service),
         create_page(service, draw_examples(folder / "examples"), uploads),
         path="/",
-        theme=gr.themes.Base(primary_hue="blue", font=FONT, font_mono=MONO),
+        theme=_theme(),
         css_paths=Path(__file__).with_name("page.css"),
         max_file_size=f"{MAX_FILE_MB}mb",
         footer_links=[],
@@ -485,6 +485,12 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _theme() -> gr.themes.Base:
+    """System fonts, for Gradio's own are fetched from Google; and grey that can be read."""
+    theme = gr.themes.Base(primary_hue="blue", font=FONT, font_mono=MONO)
+    return theme.set(body_text_color_subdued="*neutral_600")
 
 
 def _template():
