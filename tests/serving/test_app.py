@@ -177,6 +177,11 @@ def test_a_file_that_is_too_large(server, paths):
     assert "large.jpg has 20 MB" in answer.json()["detail"]
 
 
+def test_a_file_that_is_too_large_for_the_page(server):
+    large = {"files": ("large.jpg", bytes(22_000_000))}
+    assert httpx.post(f"{server.url}/gradio_api/upload", files=large).status_code == 413
+
+
 def test_too_many_files(server, paths):
     answer = server.post(*[sent(paths[0])] * 33)
     assert answer.status_code == 413
