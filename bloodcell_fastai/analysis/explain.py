@@ -16,7 +16,6 @@ from torch import nn
 
 from ..data.blocks import image_dls
 from ..errors import BloodcellError
-from ..training.learner import TimmBody, TimmHead, timm_model
 
 BATCH_SIZE = 16  # gradients need several times the memory of a prediction
 COLOURS = "inferno"  # its lightness rises evenly, so that it reads the same in grey
@@ -49,20 +48,20 @@ def heat_maps(
         BloodcellError: the architecture has no features with a place in the image.
         OSError: an image cannot be read.
     """
-    return model_heat_maps(timm_model(learn), learn.arch, learn.size, paths, targets)
+    return network_heat_maps(learn.model, learn.arch, learn.size, paths, targets)
 
 
-def model_heat_maps(
-    model: nn.Module,
+def network_heat_maps(
+    network: nn.Sequential,
     arch: str,
     size: int,
     paths: Sequence[str | Path],
     targets: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """:func:`heat_maps` of a timm model without a learner, such as a ``Predictor`` holds.
+    """:func:`heat_maps` without a learner.
 
     Args:
-        model: the timm model, with its weights.
+        network: ``TimmBody`` and ``TimmHead`` of one timm model, as a learner's ``model`` is.
         arch: its architecture, whose normalisation it expects.
         size: side of its input, in pixels.
         paths: see :func:`heat_maps`.
@@ -75,9 +74,9 @@ def model_heat_maps(
         arch,
         size,
         BATCH_SIZE,
-        device=next(model.parameters()).device,
+        device=next(network.parameters()).device,
     )
-    network, tap = nn.Sequential(TimmBody(model), TimmHead(model)), nn.Identity()
+    tap = nn.Identity()
     maps = []
     with _evaluating(network), _tapped(network, tap):
         for (batch,) in images.valid:

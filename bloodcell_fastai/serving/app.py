@@ -18,8 +18,9 @@ import pandas as pd
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+from torch import nn
 
-from ..analysis.explain import model_heat_maps
+from ..analysis.explain import network_heat_maps
 from ..analysis.interpretation import read_results
 from ..analysis.report import all_warnings, interval, percent, picture
 from ..data.smears import CLASSES, COPY_SIZE, draw_photograph
@@ -28,6 +29,7 @@ from ..errors import BloodcellError
 from ..files import atomic_path
 from ..reporter import Reporter
 from ..training.calibration import KNOWN_SHARE
+from ..training.learner import TimmBody, TimmHead
 from ..training.runs import Run
 from ..training.workflow import describe_leakage
 from .inference import UNLIKE, Batch, Predictor
@@ -156,9 +158,10 @@ class Service:
         """A heat map of each image, None where the architecture can have none; see
         :func:`~bloodcell_fastai.heat_maps`."""
         model, config = self.predictor.model, self.predictor.config
+        network = nn.Sequential(TimmBody(model), TimmHead(model))
         try:
             with self._lock:
-                return model_heat_maps(model, config.arch, config.size, paths)
+                return network_heat_maps(network, config.arch, config.size, paths)
         except BloodcellError:  # it keeps no features with a place in the image
             return [None] * len(paths)
 

@@ -393,7 +393,7 @@ def test_a_model_that_can_have_no_heat_map(run, paths, monkeypatch):
     def none(*_):
         raise BloodcellError("It has no features with a place in the image.")
 
-    monkeypatch.setattr(app, "model_heat_maps", none)
+    monkeypatch.setattr(app, "network_heat_maps", none)
     service = app.Service(run, device="cpu")
     cards, unreadable = app._cards(service, paths[:1])
     shown = app._template().answers(cards, unreadable, service.card)
