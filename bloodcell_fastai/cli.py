@@ -278,6 +278,26 @@ def export(
     export_run(Run.open(run, runs), format, out, push_to_hub, TerminalReporter())
 
 
+@app.command()
+def serve(
+    run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 opens it to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 7860,
+    min_confidence: Annotated[
+        float, typer.Option(help="Flag images below it for a person to look at, 0 to 1.")
+    ] = 0.5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Open a web page and an HTTP endpoint that tell the class of images."""
+    from .serving.app import serve
+    from .training.runs import Run
+
+    serve(Run.open(run, runs), host, port, min_confidence, device, TerminalReporter())
+
+
 def _count_predictions(outcome: "Outcome", out: Path | None) -> str:
     found = ", ".join(f"{name} {n:,}" for name, n in sorted(outcome.classes.items()))
     flags = ", ".join(f"{n:,} {name}" for name, n in sorted(outcome.flags.items()))

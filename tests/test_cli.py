@@ -10,7 +10,7 @@ from PIL import Image
 
 from bloodcell_fastai import Config
 
-COMMANDS = ["data", "audit", "fit", "interpret", "predict", "export"]
+COMMANDS = ["data", "audit", "fit", "interpret", "predict", "export", "serve"]
 LITE0 = "tf_efficientnet_lite0"
 
 

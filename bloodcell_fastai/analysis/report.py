@@ -77,7 +77,7 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         config=config,
         source=Path(config.data).name or "not recorded",
         split=_describe_split(config),
-        warnings=_warnings(config),
+        warnings=all_warnings(config),
         samples=BOOTSTRAP_SAMPLES,
         metrics=result.metrics,
         classes=result.classes,
@@ -181,7 +181,7 @@ def summarise_history(history: pd.DataFrame) -> dict | None:
     }
 
 
-def _warnings(config: Config) -> tuple[str, ...]:
+def all_warnings(config: Config) -> tuple[str, ...]:
     """The run's own, and one for random weights even where they were asked for."""
     if config.weights_used != "none" or any("RANDOM WEIGHTS" in text for text in config.warnings):
         return config.warnings
@@ -256,13 +256,13 @@ def _gallery(
                 "loss": row["loss"],
                 "distance": row.get("distance"),
                 "path": _relative(row["path"], root),
-                "image": _picture(row["path"]),
-                "heat": None if heat is None else _picture(row["path"], heat[number]),
+                "image": picture(row["path"]),
+                "heat": None if heat is None else picture(row["path"], heat[number]),
                 "nearest": nearest
                 and {
                     "label": labels.get(nearest, "label unknown"),
                     "path": _relative(nearest, root),
-                    "image": _picture(nearest),
+                    "image": picture(nearest),
                 },
                 "bars": _bars(row, result.classes),
             }
@@ -284,7 +284,7 @@ def _relative(path: str, root: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _picture(path: str, heat: np.ndarray | None = None) -> str | None:
+def picture(path: str, heat: np.ndarray | None = None) -> str | None:
     """An image file, at will under a heat map, as a small data URI; None if it is gone."""
     try:
         image = open_image(path)

@@ -37,10 +37,12 @@ class Batch:
     Attributes:
         table: see :meth:`Predictor.__call__`.
         unreadable: paths.
+        features: penultimate features of the table's images, float32 (n, d) on the CPU.
     """
 
     table: pd.DataFrame
     unreadable: list[str]
+    features: torch.Tensor
 
 
 class Predictor:
@@ -156,7 +158,7 @@ class Predictor:
             found = self._nothing()
             if readable:
                 found = self.probabilities(stack(readable, [decoded[path] for path in readable]))
-            yield Batch(self.table(readable, *found), unreadable)
+            yield Batch(self.table(readable, *found), unreadable, found[1])
 
     def probabilities(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """Predict pictures that are decoded already.

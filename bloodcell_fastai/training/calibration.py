@@ -89,6 +89,22 @@ class Reference:
             rows.append(order[:, 0].numpy())
         return np.concatenate(distances), np.concatenate(rows)
 
+    def photographs(self, features: torch.Tensor | np.ndarray, n: int = 3) -> list[pd.DataFrame]:
+        """The training photographs most like each of a few images, nearest first.
+
+        Args:
+            features: float (images, d), as ``classifier_inputs`` collects them.
+            n: how many photographs at most.
+
+        Returns:
+            For each image rows of ``table``, the nearest copy of each photograph, with its
+            ``distance``, 0 to 2.
+        """
+        likeness = normalize(torch.as_tensor(features).float()) @ self.features.float().T
+        distances = (2 - 2 * likeness).clamp(min=0).sqrt().numpy()
+        ranked = (self.table.assign(distance=row).sort_values("distance") for row in distances)
+        return [rows.drop_duplicates("photo").head(n) for rows in ranked]
+
 
 def calibrate(learn: Learner, run: Run) -> Calibration:
     """Calibrate a trained learner on its validation part and keep the result in the run.
