@@ -23,6 +23,7 @@ from bloodcell_fastai import BloodcellError, Config, Run, export_run, interpret,
 from bloodcell_fastai.analysis.interpretation import write_results
 from bloodcell_fastai.data.dataset import open_image
 from bloodcell_fastai.serving import export
+from bloodcell_fastai.training.calibration import Calibration
 from bloodcell_fastai.training.callbacks import precision_callback
 from bloodcell_fastai.training.fit import make_learner, resolve
 from bloodcell_fastai.training.learner import timm_model
@@ -95,8 +96,7 @@ def calibrated(monkeypatch):
 
 
 def calibrate(patch: pytest.MonkeyPatch) -> None:
-    calibration = SimpleNamespace(temperature=TEMPERATURE)
-    patch.setattr(Run, "calibration", calibration, raising=False)
+    patch.setattr(Run, "calibration", Calibration(TEMPERATURE, 1.0, 1, 0.1, 0.1, 10))
 
 
 @pytest.fixture(scope="module")
