@@ -23,6 +23,7 @@ from bloodcell_fastai import BloodcellError, Config, Run, export_run, interpret,
 from bloodcell_fastai.analysis.interpretation import write_results
 from bloodcell_fastai.data.dataset import open_image
 from bloodcell_fastai.serving import export
+from bloodcell_fastai.training.calibration import Calibration
 from bloodcell_fastai.training.callbacks import precision_callback
 from bloodcell_fastai.training.fit import make_learner, resolve
 from bloodcell_fastai.training.learner import timm_model
@@ -54,11 +55,17 @@ def make_run(folder: Path, arch: str, table: pd.DataFrame) -> Run:
     for callback in precision_callback(learn.dls.device):
         learn.remove_cb(type(callback))
     model = timm_model(learn)
-    features = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # average over all batches
     with torch.no_grad():
-        for images, _ in learn.dls.train:  # also fills the statistics of BatchNorm
-            features.append(model.forward_head(model.forward_features(images), pre_logits=True))
-        spread = torch.cat(features)
+        batches = [images for images, _ in learn.dls.train]
+        for images in batches:
+            model(images)  # fills the statistics of BatchNorm
+        model.eval()
+        spread = torch.cat(
+            [model.forward_head(model.forward_features(x), pre_logits=True) for x in batches]
+        )
         classifier = model.get_classifier()
         classifier.weight.normal_(std=2 / spread.std(dim=0).mean() / spread.shape[1] ** 0.5)
         classifier.bias.copy_(-classifier.weight @ spread.mean(dim=0))
@@ -89,8 +96,7 @@ def calibrated(monkeypatch):
 
 
 def calibrate(patch: pytest.MonkeyPatch) -> None:
-    calibration = SimpleNamespace(temperature=TEMPERATURE)
-    patch.setattr(Run, "calibration", calibration, raising=False)
+    patch.setattr(Run, "calibration", Calibration(TEMPERATURE, 1.0, 1, 0.1, 0.1, 10))
 
 
 @pytest.fixture(scope="module")
