@@ -246,10 +246,11 @@ def predict(
     images = find_images(paths, sys.stdin)
     outcome = predict(predictor, images, out, resume, TerminalReporter().progress)
     if outcome.table is not None:
-        shown = outcome.table.drop(columns=["distance", "nearest"], errors="ignore")
+        shown = outcome.table[["path", "predicted", "confidence", "flag"]]
         _print_table(shown.head(MOST_ROWS), "Predictions")
         if len(shown) > MOST_ROWS:
-            console.print(f"{len(shown) - MOST_ROWS:,} more: write them all with --out FILE.csv")
+            console.print(f"{len(shown) - MOST_ROWS:,} more rows.")
+        console.print("All rows and the probability of every class: --out FILE.csv")
     console.print(_count_predictions(outcome, out))
     if outcome.unreadable:
         errors.print(f"Unreadable, left out ({len(outcome.unreadable):,}):")
