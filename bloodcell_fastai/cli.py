@@ -18,13 +18,14 @@ from typer import Abort
 from typer.exceptions import TyperException
 
 from .config import Config
-from .errors import BloodcellError, usage_error
+from .errors import BloodcellError, disk_error, usage_error
 from .reporter import Reporter
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from .serving.inference import Outcome
+    from .training.runs import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,9 +163,15 @@ def fit(
     """Train a model and keep its best epoch."""
     reporter = TerminalReporter()
     if resume_run:
+        from .training.runs import Run, newest_unfinished
         from .training.workflow import resume
 
-        resume(runs, name, reporter)
+        if (run := Run.open(name, runs) if name else newest_unfinished(runs)).config.folds:
+            from .analysis.crossval import resume_folds
+
+            _print_results(resume_folds(run, reporter))
+        else:
+            resume(runs, str(run.path), reporter)
         return
     config = Config(
         data=data or "",
@@ -197,11 +204,10 @@ def fit(
         train(config, runs, name, dry_run, reporter)
         return
     from .analysis.crossval import cross_validate
-    from .analysis.interpretation import read_results, summarise
 
     run = cross_validate(config, runs, name, dry_run, reporter)
     if not dry_run:
-        console.print(summarise(read_results(run), run.config))
+        _print_results(run)
 
 
 @app.command()
@@ -299,6 +305,12 @@ def serve(
     serve(Run.open(run, runs), host, port, min_confidence, device, TerminalReporter())
 
 
+def _print_results(run: "Run") -> None:
+    from .analysis.interpretation import read_results, summarise
+
+    console.print(summarise(read_results(run), run.config))
+
+
 def _count_predictions(outcome: "Outcome", out: Path | None) -> str:
     found = ", ".join(f"{name} {n:,}" for name, n in sorted(outcome.classes.items()))
     flags = ", ".join(f"{n:,} {name}" for name, n in sorted(outcome.flags.items()))
@@ -389,6 +401,10 @@ def main() -> None:
         if debug:
             raise
         code = _show_error(error)
+    except OSError as error:
+        if debug:
+            raise
+        code = _show_error(disk_error(error))
     except TyperException as error:  # a word the command line does not know
         command = context.command_path if (context := getattr(error, "ctx", None)) else "bloodcell"
         # Without a command Typer has printed the help and has no message of its own.

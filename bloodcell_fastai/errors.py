@@ -1,5 +1,7 @@
 """The one error users see: what went wrong and how to mend it."""
 
+import errno
+
 
 class BloodcellError(Exception):
     """A problem the user can do something about.
@@ -18,6 +20,20 @@ class BloodcellError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+def disk_error(error: OSError) -> BloodcellError:
+    """A :class:`BloodcellError` for a file or folder that the system would not read or write."""
+    where = f": {error.filename}" if error.filename else ""
+    return BloodcellError(f"{error.strerror or error}{where}", _hint(error))
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Make room on the disk and repeat the command; a fit goes on with --resume."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Ask for the right to write there or name another folder; a fit takes --runs."
+    return "Mend that and repeat the command; a fit goes on with --resume."
 
 
 def usage_error(message: str, hint: str = "") -> BloodcellError:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".tmp-"  # how the name of everything begins that is not complete
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -19,7 +21,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -42,13 +44,44 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise FileExistsError(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(folder: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold ``folder`` against other processes that call this, and remove what a killed one left
+    unfinished directly in it.
+
+    The operating system frees the lock when its holder ends, however it ends: none is ever stale.
+
+    Args:
+        folder: made if it is not there.
+        timeout: seconds to wait for another process; -1: as long as it takes.
+
+    Raises:
+        TimeoutError: another process still holds it.
+    """
+    from filelock import FileLock  # every command imports this module, and few need a lock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock", timeout=timeout):
+        remove_unfinished(folder)
+        yield
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left of :func:`atomic_path` and :func:`atomic_folder`."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

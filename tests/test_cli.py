@@ -86,7 +86,7 @@ def test_a_dry_run_writes_the_plan_and_stops(bloodcell, demo_root, tmp_path):
         *("--weights", "none", "--size", 64, "--batch-size", 16, "--epochs", 3),
     )
     assert done.returncode == 0, done.stderr
-    names = sorted(path.name for path in (tmp_path / "runs" / "plan").iterdir())
+    names = sorted(path.name for path in (tmp_path / "runs" / "plan").glob("[!.]*"))
     assert names == ["config.json", "split.csv"]
     for word in ("Split", "Leakage", "Steps", "Time     about", "3 epochs"):
         assert word in done.stdout

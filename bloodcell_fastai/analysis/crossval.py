@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..config import Config
 from ..data.splits import split_folds
+from ..errors import BloodcellError
 from ..reporter import Reporter
 from ..training.runs import Run
-from ..training.workflow import prepare, train_table
+from ..training.workflow import prepare, resume, train_table
 from .interpretation import Interpretation, interpret_run, write_results
 
 
@@ -41,21 +43,65 @@ def cross_validate(
     tables = split_folds(table, folds, config.seed)
     fold_of = sum((split.part == "valid") * k for k, split in enumerate(tables, start=1))
     parent = Run.create(root, name)
+    with parent.lock():
+        parent.start(replace(config, folds=folds), table.assign(part="", fold=fold_of))
+        try:
+            _train_folds(parent, tables, dry_run, reporter)
+        except BaseException:
+            if not _fold(parent, 1).started:
+                parent.remove()  # it holds nothing yet
+            raise
+    return parent
+
+
+def resume_folds(parent: Run, reporter: Reporter | None = None) -> Run:
+    """Go on with a run of :func:`cross_validate`: the folds that are not finished, the results.
+
+    Raises:
+        BloodcellError: it came to its end, or another process trains it.
+    """
+    reporter = reporter or Reporter()
+    with parent.lock():
+        if parent.finished:
+            raise BloodcellError(
+                f"All folds of run {parent.name} came to their end.",
+                f"Look at {parent.path / 'metrics.json'}.",
+            )
+        table = parent.table
+        parts = [
+            np.where(table.fold == str(number), "valid", "train")
+            for number in range(1, parent.config.folds + 1)
+        ]
+        tables = [table.drop(columns="fold").assign(part=part) for part in parts]
+        _train_folds(parent, tables, False, reporter)
+    return parent
+
+
+def _train_folds(
+    parent: Run, tables: list[pd.DataFrame], dry_run: bool, reporter: Reporter
+) -> None:
+    """Train the folds that are not trained yet, then pool their predictions."""
     results = []
     for number, split in enumerate(tables, start=1):
-        reporter.say(f"Fold {number} of {folds}")
-        fold = train_table(
-            config, split, Run.create(parent.path, f"fold-{number}"), dry_run, reporter
-        )
-        if number == 1:
-            parent.start(replace(fold.config, folds=folds), table.assign(part="", fold=fold_of))
+        reporter.say(f"Fold {number} of {len(tables)}")
+        fold = _fold(parent, number)
+        if not fold.started:
+            config = replace(parent.config, folds=0)
+            train_table(config, split, Run.create(parent.path, fold.name), dry_run, reporter)
+        elif not fold.finished:
+            resume(parent.path, fold.name, reporter)
+        if number == 1:  # what it was resolved to holds for all
+            parent.start(replace(fold.config, folds=len(tables)), parent.table)
         if dry_run:
-            return parent
+            return
         results.append(interpret_run(fold))
     pooled = pd.concat([result.predictions for result in results], ignore_index=True)
     leakages = [result.leakage for result in results]
-    leakage = None if None in leakages else sum(leakages) / folds
+    leakage = None if None in leakages else sum(leakages) / len(tables)
     # Each fold has a temperature of its own.
     write_results(parent, Interpretation(pooled, results[0].classes, leakage, temperature=None))
     parent.finish()
-    return parent
+
+
+def _fold(parent: Run, number: int) -> Run:
+    return Run(parent.path / f"fold-{number}")

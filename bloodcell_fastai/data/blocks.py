@@ -143,11 +143,13 @@ def image_dls(
     bs: int | None = None,
     threads: int | None = None,
     device=None,
+    pixels: Pixels | None = None,
 ) -> DataLoaders:
     """Batches of images without labels, all in the validation part, in the given order.
 
     They pass through the transforms that made the validation pictures of :func:`blood_dls`;
-    ``bs`` is what the device predicts fastest by default.
+    ``bs`` is what the device predicts fastest by default. ``pixels`` of this size are used where
+    they know an image; the files are decoded by default.
     """
     block = DataBlock(
         blocks=(ImageBlock(cls=BloodImage),),
@@ -160,7 +162,7 @@ def image_dls(
     table = pd.DataFrame({"path": [str(path) for path in paths]})
     device = torch.device(device or default_device())
     bs = bs or prediction_batch_size(device, size)
-    return _loaders(block, table, bs, bs, Pixels(size, threads), device)
+    return _loaders(block, table, bs, bs, pixels or Pixels(size, threads), device)
 
 
 def config_dls(

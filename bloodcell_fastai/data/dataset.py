@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from ..errors import BloodcellError
-from ..files import atomic_folder
+from ..files import atomic_folder, sole_writer
 from .smears import make_demo
 
 KAGGLE_HANDLE = "paultimothymooney/blood-cells"
@@ -243,7 +243,10 @@ def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
             f"{path} is neither a folder nor a zip.", "Give a zip or a folder with classes."
         )
     target = home / f"{path.stem}-{_content_key(path)}"
-    return target if target.is_dir() else unpack(path, target, progress)
+    if target.is_dir():
+        return target
+    with sole_writer(home):
+        return target if target.is_dir() else unpack(path, target, progress)
 
 
 def _content_key(archive: Path) -> str:
@@ -270,7 +273,10 @@ def _is_data(path: Path) -> bool:
 
 def _demo(home: Path) -> Path:
     folder = home / "demo"
-    return folder if folder.is_dir() else make_demo(folder)
+    if folder.is_dir():
+        return folder
+    with sole_writer(home):
+        return folder if folder.is_dir() else make_demo(folder)
 
 
 def _is_image(path: Path) -> bool:

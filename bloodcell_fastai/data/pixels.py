@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..errors import BloodcellError
-from ..files import atomic_path
+from ..files import atomic_path, sole_writer
 from .dataset import Progress, no_progress, open_image
 
 CACHE_VERSION = 1  # raise it when decode() gives other pixels
@@ -90,7 +90,8 @@ class Pixels:
         progress: Progress = no_progress,
     ) -> "Pixels":
         """The pixels of ``paths``, from the cache of just these files at this size if there is
-        one. With ``build`` one is made, if the disk has room for it.
+        one. With ``build`` one is made, if the disk has room for it and lets us write; a second
+        process that wants it too waits for the first.
 
         Raises:
             BloodcellError: an image cannot be read (with ``build``).
@@ -98,9 +99,8 @@ class Pixels:
         paths = sorted(set(map(str, paths)))
         file = cache_file(paths, size)
         cached = _load(file, len(paths), size) if file else None
-        if cached is None and file and build and _has_room(file, len(paths), size):
-            _build(file, paths, size, threads, progress)
-            cached = _load(file, len(paths), size)
+        if cached is None and file and build:
+            cached = _load_or_build(file, paths, size, threads, progress)
         if cached is None:
             return cls(size, threads)
         return cls(size, threads, cached, {path: row for row, path in enumerate(paths)})
@@ -111,7 +111,7 @@ class Pixels:
 
     def move_to(self, device: torch.device) -> None:
         """Keep the cached pixels in the memory of a CUDA device that has ample room for them."""
-        if device.type != "cuda" or self._cached is None:
+        if device.type != "cuda" or self._cached is None or self._on_device is not None:
             return
         free, _ = torch.cuda.mem_get_info(device)
         if self._cached.nbytes < free / 4:  # the model and its activations need the rest
@@ -177,26 +177,43 @@ def cache_file(paths: Sequence[str], size: int) -> Path | None:
 
 def clear_cache() -> int:
     """Remove all decoded images; the bytes that were freed."""
-    files = [path for path in cache_root().glob("*.npy") if path.is_file()]
-    freed = sum(path.stat().st_size for path in files)
-    for path in files:
-        path.unlink()
+    with sole_writer(cache_root()):
+        files = [path for path in cache_root().glob("*.npy") if path.is_file()]
+        freed = sum(path.stat().st_size for path in files)
+        for path in files:
+            path.unlink()
     return freed
+
+
+def _load_or_build(
+    file: Path, paths: Sequence[str], size: int, threads: int | None, progress: Progress
+) -> np.ndarray | None:
+    """The cache, made if another process has not made it meanwhile; None if it cannot be kept."""
+    try:
+        with sole_writer(file.parent):
+            cached = _load(file, len(paths), size)
+            if cached is None and _has_room(file, len(paths), size):
+                _build(file, paths, size, threads, progress)
+                cached = _load(file, len(paths), size)
+            return cached
+    except OSError:  # a full disk, a folder that is not ours: the images are decoded as they come
+        return None
 
 
 def _build(
     file: Path, paths: Sequence[str], size: int, threads: int | None, progress: Progress
 ) -> None:
-    with atomic_path(file) as temporary:
-        shape = (len(paths), size, size, 3)
-        images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        row, step = 0, 64
+    shape = (len(paths), size, size, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    # Written, not mapped: on a full disk a write is an error, but a page of a map is a crash.
+    with atomic_path(file) as temporary, temporary.open("wb") as output:
+        np.lib.format.write_array_header_1_0(output, header)
+        done, step = 0, 64
         chunks = (paths[start : start + step] for start in range(0, len(paths), step))
         for chunk, decoded in decode_ahead(chunks, size, threads):
-            images[row : row + len(chunk)] = stack(chunk, decoded).permute(0, 2, 3, 1).numpy()
-            row += len(chunk)
-            progress("Decoding images", row, len(paths))
-        images.flush()
+            output.write(stack(chunk, decoded).permute(0, 2, 3, 1).numpy().tobytes())
+            done += len(chunk)
+            progress("Decoding images", done, len(paths))
     names, px, *_ = file.name.split("-")
     for stale in file.parent.glob(f"{names}-{px}-*.npy"):
         if stale != file:
@@ -212,11 +229,7 @@ def _load(file: Path, n_images: int, size: int) -> np.ndarray | None:
 
 
 def _has_room(file: Path, n_images: int, size: int) -> bool:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(file.parent).free > n_images * size * size * 3 + SPARE_DISK
-    except OSError:
-        return False
+    return shutil.disk_usage(file.parent).free > n_images * size * size * 3 + SPARE_DISK
 
 
 def _finished(chunk: Sequence[str], futures: list[Future]) -> tuple[Sequence[str], list]:
@@ -228,6 +241,8 @@ def _try_decode(path: str, size: int) -> np.ndarray | OSError:
         return decode(path, size)
     except OSError as error:
         return error
+    except Exception as error:  # a decoder that fails in its own way, or has no memory left
+        return OSError(f"{type(error).__name__}: {error}")
 
 
 def _threads() -> int:

@@ -129,7 +129,13 @@ def calibrate(learn: Learner, run: Run) -> Calibration:
     temperature = fit_temperature(logits, labels)
 
     table = reference_table(learn.dls.train_ds.items, seed=config.seed)
-    images = image_dls(table.path, config.arch, config.size, device=learn.dls.device)
+    images = image_dls(
+        table.path,
+        config.arch,
+        config.size,
+        device=learn.dls.device,
+        pixels=getattr(learn.dls.train, "pixels", None),  # decoded for the training already
+    )
     seen = normalize(predict_with_features(learn, images.valid)[1]).half()
     reference = Reference(seen, table, count_neighbours(len(table)))
 

@@ -1,10 +1,13 @@
 """The training loop's behaviour: one small callback per job."""
 
+import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from fastai.callback.channelslast import ChannelsLast
@@ -14,7 +17,6 @@ from fastai.vision.all import (
     AvgLoss,
     Callback,
     CancelFitException,
-    EarlyStoppingCallback,
     Learner,
     ProgressCallback,
     Recorder,
@@ -174,7 +176,8 @@ class StopOnNaN(Callback):
     """Stop when the training loss is no longer a number, before it reaches the records.
 
     A loss that is not a number stays in fastai's smoothed loss for good, so that a GPU need not
-    be made to wait for the loss of every batch.
+    be made to wait for the loss of every batch. The last step of an epoch shows only in the
+    validation loss.
     """
 
     order = Recorder.order + 1
@@ -184,13 +187,16 @@ class StopOnNaN(Callback):
     def after_batch(self):
         at_once = self.dls.device.type == "cpu"
         if self.training and (at_once or self.iter % self.every == 0):
-            self._check()
+            self._check(self.recorder.smooth_loss.val)
 
     def after_train(self):
-        self._check()
+        self._check(self.recorder.smooth_loss.val)
 
-    def _check(self):
-        if not torch.isfinite(self.recorder.smooth_loss.val):
+    def after_validate(self):
+        self._check(self.recorder.loss.value)
+
+    def _check(self, loss: torch.Tensor):
+        if not torch.isfinite(loss):
             self.stopped = True
             raise CancelFitException
 
@@ -238,32 +244,23 @@ class SaveBest(SaveModelCallback):
     Args:
         save: called with the validation accuracy when an epoch is the best so far.
         best: the accuracy to beat, from earlier epochs of the run; None if there are none.
+        wait: epochs since then.
     """
 
-    def __init__(self, save: Callable[[float], None], best: float | None = None):
+    def __init__(self, save: Callable[[float], None], best: float | None = None, wait: int = 0):
         super().__init__(monitor=MONITOR, reset_on_fit=False)
-        self.save, self.best = save, best
+        self.save, self.best, self.wait = save, best, wait
 
     def after_epoch(self):
         if not self.recorder.values[-1]:
             return  # an epoch that a resumed run skips
         super(SaveModelCallback, self).after_epoch()
+        self.wait = 0 if self.new_best else self.wait + 1
         if self.new_best:
             self.save(self.best)
 
     def after_fit(self):
         self.run = True  # as fastai's trackers do; the caller loads the best model
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """fastai's EarlyStoppingCallback on validation accuracy, for runs that may be resumed."""
-
-    def __init__(self, patience: int):
-        super().__init__(monitor=MONITOR, patience=patience, reset_on_fit=False)
-
-    def after_epoch(self):
-        if self.recorder.values[-1]:  # empty in an epoch that a resumed run skips
-            super().after_epoch()
 
 
 class SaveLast(Callback):
@@ -278,6 +275,72 @@ class SaveLast(Callback):
     def after_epoch(self):
         if self.recorder.values[-1]:
             self.save(self.first_epoch + self.epoch + 1)
+
+
+class EarlyStopping(Callback):
+    """Stop when ``saver`` has seen no better epoch for ``patience`` epochs, which is saved too.
+
+    fastai's own counts from 0 in every fit, so also in one that goes on after a stop.
+    """
+
+    order = SaveLast.order + 1
+
+    def __init__(self, saver: SaveBest, patience: int):
+        self.saver, self.patience = saver, patience
+
+    @property
+    def due(self) -> bool:
+        """Whether training should stop."""
+        return 0 < self.patience <= self.saver.wait
+
+    def after_epoch(self):
+        if self.due:
+            raise CancelFitException
+
+
+class StopOnSignal(Callback):
+    """Stop after the batch when Ctrl-C or SIGTERM comes, or after the epoch if it only has to be
+    validated; a second signal interrupts at once. As a context manager it listens.
+
+    Attributes:
+        received: the signal, None if there was none.
+    """
+
+    order = EarlyStopping.order + 1
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self.handlers = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # nobody else may listen
+            found = {number: signal.getsignal(number) for number in self.signals}
+            # What is ignored, as by a shell in the background, stays so.
+            self.handlers = {n: old for n, old in found.items() if old is not signal.SIG_IGN}
+        for number in self.handlers:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def _receive(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        # Not print: the signal may have come in the middle of another one.
+        with suppress(OSError):
+            os.write(2, b"\nStopping after this batch; once more stops at once.\n")
+
+    def after_batch(self):
+        if self.received and self.training:
+            raise CancelFitException
+
+    def after_epoch(self):
+        if self.received:
+            raise CancelFitException
 
 
 class RichProgress(Callback):

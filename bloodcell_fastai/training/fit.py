@@ -1,11 +1,13 @@
 """Training: the head first, then everything in one cycle, the best epoch kept, resumable."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import pandas as pd
+import torch
 from fastai.callback.mixup import MixUp
 from fastai.vision.all import Learner, set_seed
 
@@ -21,6 +23,7 @@ from .callbacks import (
     SaveLast,
     SeedEpoch,
     StopOnNaN,
+    StopOnSignal,
     TimeBatches,
     use_progress,
 )
@@ -122,11 +125,12 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
         say: told each line.
 
     Raises:
-        BloodcellError: the loss is no longer a number. The best model so far is kept.
+        BloodcellError: the loss is no longer a number, the memory is full, or Ctrl-C or SIGTERM
+            came. What the epochs before have reached is kept.
     """
     config, checkpoint = run.config, run.load_last()
     done = checkpoint.epochs_done if checkpoint else 0
-    best = checkpoint.best if checkpoint else None
+    run.cut_history(done)
     if checkpoint:
         checkpoint.restore_model(learn)
     learn.path = run.path
@@ -134,36 +138,72 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
     if config.lr == 0:
         config = replace(config, lr=find_lr(learn, run, say))
         config.save(run.path / "config.json")
-    saver = SaveBest(lambda score: _keep_best(learn, run, score, say), best)
-    stopper = [EarlyStopping(config.patience)] if config.patience else []
+    best = (checkpoint.best, checkpoint.wait) if checkpoint else ()
+    saver = SaveBest(lambda score: _keep_best(learn, run, score, say), *best)
+    stopper, guard, signals = EarlyStopping(saver, config.patience), StopOnNaN(), StopOnSignal()
     for phase in phases(config):
         start = max(done - phase.first_epoch, 0)
-        if start >= phase.epochs:
+        if start >= phase.epochs or stopper.due:
             continue
         learn.freeze() if phase.frozen else learn.unfreeze()
         if checkpoint and start:
             checkpoint.restore_optimizer(learn)
         use_progress(learn, phase.first_epoch, config.epochs)
-        guard = StopOnNaN()
         callbacks = [
             SeedEpoch(config.seed, phase.first_epoch),
             guard,
             History(lambda row: _record(run, config, row, say), phase.first_epoch),
             saver,
-            SaveLast(lambda epochs: run.save_last(learn, epochs, saver.best), phase.first_epoch),
-            *stopper,
+            SaveLast(
+                lambda epochs: run.save_last(learn, epochs, saver.best, saver.wait),
+                phase.first_epoch,
+            ),
+            stopper,
+            signals,
         ]
-        with learn.no_logging():
+        with learn.no_logging(), signals, _memory_explained(run, config):
             learn.fit_one_cycle(
                 phase.epochs, max_lr(config, phase), cbs=callbacks, start_epoch=start
             )
         if guard.stopped:
             raise BloodcellError(
-                f"The loss became NaN in epoch {len(run.history) + 1}; the best model so far is "
-                f"kept in {run.path}.",
-                f"Train again with a lower --lr than {config.lr:g}.",
+                f"The loss became NaN in {_where(run)}.",
+                f"Train again under another --name with a lower --lr than {config.lr:g}.",
             )
+        if signals.received:
+            raise BloodcellError(
+                f"Stopped in {_where(run)}.",
+                f"Go on: {run.resume_command}",
+                exit_code=128 + signals.received,
+            )
+    if stopper.due:
+        say(f"Stopped early: no better epoch for {saver.wait}.")
     run.load_model(learn)
+
+
+def _where(run: Run) -> str:
+    done = len(run.history)
+    kept = f"the {done} before it and the best model are kept" if done else "none is finished yet"
+    return f"epoch {done + 1}; {kept} in {run.path}"
+
+
+@contextmanager
+def _memory_explained(run: Run, config: Config) -> Iterator[None]:
+    """Turn a lack of memory into an error that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch has a class for it on a device only; on the CPU it names its allocator.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
+            "DefaultCPUAllocator" not in str(error)
+        ):
+            raise
+        raise BloodcellError(
+            f"No memory left for {config.batch_size} images of {config.size} px at once, in "
+            f"{_where(run)}.",
+            f"Train under another --name with --batch-size {max(config.batch_size // 2, 1)}; if "
+            f"something else filled the memory: {run.resume_command}",
+        ) from error
 
 
 def max_lr(config: Config, phase: Phase) -> float | slice:

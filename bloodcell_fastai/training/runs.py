@@ -2,21 +2,27 @@
 
 import json
 import math
+import os
 import re
+import shlex
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastai.vision.all import Learner
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..config import Config
 from ..errors import BloodcellError
-from ..files import atomic_path, write_json, write_text
+from ..files import atomic_path, remove_unfinished, sole_writer, write_json, write_text
 from .calibration import Calibration, Reference
 from .learner import load_weights, read_tensors, timm_model
 
@@ -26,7 +32,8 @@ HISTORY = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accurac
 class Run:
     """A folder with everything about one training: see the README for its files.
 
-    Every file is written beside and renamed, so that a kill leaves the previous one.
+    Every file is written beside and renamed, so that a kill leaves the previous one. Files whose
+    names begin with a dot hold nothing of the run: its lock, and what is being written.
     """
 
     def __init__(self, path: str | Path):
@@ -36,22 +43,24 @@ class Run:
     def create(cls, root: str | Path = "runs", name: str | None = None) -> "Run":
         """Make a new folder under ``root``, named after the time if no name is given.
 
+        A folder that a process left which was killed before its run began is used again.
+
         Raises:
             BloodcellError: the name is taken or is not a plain one.
         """
         if name is None:
-            name = _free_name(Path(root), datetime.now().strftime("%Y%m%d-%H%M%S"))
-        elif not re.fullmatch(r"[\w][\w.-]{0,99}", name):
+            return cls(_new_folder(Path(root), datetime.now().strftime("%Y%m%d-%H%M%S")))
+        if not re.fullmatch(r"[\w][\w.-]{0,99}", name):
             raise BloodcellError(
                 f"{name!r} cannot name a run.", "Use letters, digits, dots and dashes."
             )
         run = cls(Path(root) / name)
-        if run.path.exists():
+        run.path.mkdir(parents=True, exist_ok=True)
+        if not all(path.name[0] == "." or path.name == "split.csv" for path in run.path.iterdir()):
             raise BloodcellError(
                 f"There is a run named {name} in {root}.",
                 "Choose another --name, or continue it with --resume.",
             )
-        run.path.mkdir(parents=True)
         return run
 
     @classmethod
@@ -79,6 +88,15 @@ class Run:
     def name(self) -> str:
         """The folder's name."""
         return self.path.name
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run; of a fold, with all of them."""
+        root = self.path.parent
+        if (parent := Run(root)).started:
+            return parent.resume_command
+        elsewhere = "" if root == Path("runs") else f" --runs {shlex.quote(str(root))}"
+        return f"bloodcell fit --resume --name {self.name}{elsewhere}"
 
     @property
     def report(self) -> Path:
@@ -115,18 +133,68 @@ class Run:
         """Whether training came to its end."""
         return (self.path / "last" / "finished.json").is_file()
 
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "last" / "checkpoint.safetensors"
+
+    @property
+    def started(self) -> bool:
+        """Whether :meth:`start` came to its end, without which the folder is no run."""
+        return (self.path / "config.json").is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run against other processes that would train it, and remove what a killed one
+        left unfinished.
+
+        Raises:
+            BloodcellError: another process trains it; the message names that process.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(sole_writer(self.path, timeout=0))
+            except TimeoutError:
+                raise BloodcellError(
+                    f"Run {self.name} is being trained by {self._owner()}.",
+                    "Wait for it, stop it, or train another run under another --name.",
+                ) from None
+            for folder in (self.path / "last", self.report):
+                remove_unfinished(folder)
+            shutil.rmtree(self.path / "models", ignore_errors=True)  # fastai's lr_find at work
+            if self.finished:
+                self._checkpoint.unlink(missing_ok=True)
+            owner = self.path / ".owner.json"
+            stack.callback(_try_unlink, owner)
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+            yield
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.path / ".owner.json").read_text(encoding="utf-8"))
+            return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        except (OSError, ValueError, LookupError, TypeError):  # it is just beginning or ending
+            return "another process"
+
     def start(self, config: Config, table: pd.DataFrame) -> None:
-        """Write what the run is: its options and its images."""
-        config.save(self.path / "config.json")
+        """Write what the run is: its images and, last, its options, which make it a run."""
         write_text(self.path / "split.csv", table.to_csv(index=False))
+        config.save(self.path / "config.json")
 
     def append_history(self, row: dict) -> None:
         """Add an epoch to ``history.csv``, in place of any the run had from there on."""
-        kept = self.history[lambda rows: rows.epoch < row["epoch"]]
-        rows = [*kept.to_dict("records"), row]
-        write_text(
-            self.path / "history.csv", pd.DataFrame(rows, columns=HISTORY).to_csv(index=False)
-        )
+        self.cut_history(row["epoch"] - 1)
+        path = self.path / "history.csv"  # kept as text: a number read and written can change
+        before = path.read_text() if path.is_file() else ",".join(HISTORY) + "\n"
+        added = pd.DataFrame([row], columns=HISTORY).to_csv(index=False, header=False)
+        write_text(path, before + added)
+
+    def cut_history(self, epochs: int) -> None:
+        """Drop the epochs after the first ``epochs``: a kill lost them, but not their rows."""
+        if len(self.history) > epochs:
+            path = self.path / "history.csv"
+            lines = path.read_text().splitlines(keepends=True)
+            write_text(path, "".join(lines[: epochs + 1]))
 
     def save_model(self, learn: Learner) -> None:
         """Write the weights as they are now, in timm's naming, as the best of the run.
@@ -134,8 +202,7 @@ class Run:
         A calibration of the weights before them goes.
         """
         (self.path / "calibration.json").unlink(missing_ok=True)
-        with atomic_path(self.path / "model.safetensors") as temporary:
-            save_file(_contiguous(timm_model(learn).state_dict()), temporary)
+        _write_tensors(self.path / "model.safetensors", timm_model(learn).state_dict())
 
     def load_model(self, learn: Learner) -> None:
         """Put the run's best weights into ``learn``.
@@ -183,8 +250,7 @@ class Run:
         """
         path = self.path / "calibration.json"
         path.unlink(missing_ok=True)
-        with atomic_path(self.path / "reference.safetensors") as temporary:
-            save_file({"features": reference.features.half().contiguous()}, temporary)
+        _write_tensors(self.path / "reference.safetensors", {"features": reference.features.half()})
         write_text(self.path / "reference.csv", reference.table.to_csv(index=False))
         write_json(path, asdict(calibration))
 
@@ -198,7 +264,7 @@ class Run:
         if not self.has_model:
             raise BloodcellError(
                 f"Run {self.name} has no model yet.",
-                f"Train it: bloodcell fit --name {self.name} --resume",
+                f"Train it: {self.resume_command}",
             )
 
     def refuse_folds(self) -> None:
@@ -213,23 +279,21 @@ class Run:
                 f"Name one of them: {self.name}/fold-1",
             )
 
-    def save_last(self, learn: Learner, epochs_done: int, best: float) -> None:
+    def save_last(self, learn: Learner, epochs_done: int, best: float, wait: int) -> None:
         """Write what resuming needs, in one file, so that its parts always belong together."""
         tensors, plain = _pack_optimizer(learn.opt.state_dict())
         tensors |= {f"model.{k}": v for k, v in timm_model(learn).state_dict().items()}
-        state = {"epochs_done": epochs_done, "best": best, "optimizer": plain}
-        with atomic_path(self.path / "last" / "checkpoint.safetensors") as temporary:
-            save_file(_contiguous(tensors), temporary, metadata={"state": json.dumps(state)})
+        state = {"epochs_done": epochs_done, "best": best, "wait": wait, "optimizer": plain}
+        _write_tensors(self._checkpoint, tensors, {"state": json.dumps(state)})
 
     def load_last(self) -> "Checkpoint | None":
         """What :meth:`save_last` wrote last, or None if no epoch has finished."""
-        path = self.path / "last" / "checkpoint.safetensors"
-        return Checkpoint(path) if path.is_file() else None
+        return Checkpoint(self._checkpoint) if self._checkpoint.is_file() else None
 
     def finish(self) -> None:
         """Mark the run as done and drop the checkpoint, which nothing will need."""
         write_json(self.path / "last" / "finished.json", {"epochs": len(self.history)})
-        (self.path / "last" / "checkpoint.safetensors").unlink(missing_ok=True)
+        self._checkpoint.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -242,13 +306,14 @@ class Checkpoint:
     Attributes:
         epochs_done: epochs finished so far.
         best: best validation accuracy so far.
+        wait: epochs since then.
     """
 
     def __init__(self, path: Path):
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
             self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.epochs_done, self.best = state["epochs_done"], state["best"]
+        self.epochs_done, self.best, self.wait = state["epochs_done"], state["best"], state["wait"]
         self._optimizer = state["optimizer"]
 
     def restore_model(self, learn: Learner) -> None:
@@ -315,13 +380,29 @@ def _bad_calibration(path: Path, problem: str) -> BloodcellError:
     return BloodcellError(f"{path}: {problem}.", _RECALIBRATE.format(path.parent.name, path.parent))
 
 
-def _free_name(root: Path, name: str) -> str:
-    candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
-    return next(candidate for candidate in candidates if not (root / candidate).exists())
+def _try_unlink(path: Path) -> None:
+    with suppress(OSError):  # what went wrong before matters more
+        path.unlink(missing_ok=True)
 
 
-def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.detach().contiguous() for key, value in state.items()}
+def _new_folder(root: Path, name: str) -> Path:
+    """A folder of that name, with a number added if it is taken."""
+    for number in count(1):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+def _write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; an error of the disk is an OSError, as from any other file."""
+    plain = {key: value.detach().contiguous() for key, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(plain, metadata))
 
 
 def _pack_optimizer(state: dict) -> tuple[dict[str, torch.Tensor], dict]:

@@ -84,24 +84,37 @@ def prepare(config: Config, reporter: Reporter) -> tuple[Config, pd.DataFrame]:
 def train_table(
     config: Config, table: pd.DataFrame, run: Run, dry_run: bool, reporter: Reporter
 ) -> Run:
-    """Train on a split table, into a run folder just made; see :func:`train`."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", WeightsWarning)
-            learn = make_learner(config, table, cache=not dry_run, progress=reporter.progress)
-    except BloodcellError:
-        run.remove()  # it holds nothing yet
-        raise
+    """Train on a split table, into a run folder just made; see :func:`train`.
+
+    Raises:
+        BloodcellError: another process has taken the folder, an option or the training went
+            wrong.
+    """
+    with run.lock():
+        try:
+            learn, config = _begin(config, table, run, dry_run, reporter)
+        except BaseException:
+            run.remove()  # it holds nothing yet
+            raise
+        reporter.say(describe(make_plan(config, table, learn, timed=dry_run), config, run))
+        if not dry_run:
+            complete(learn, run, reporter)
+    return run
+
+
+def _begin(
+    config: Config, table: pd.DataFrame, run: Run, dry_run: bool, reporter: Reporter
+) -> tuple[Learner, Config]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        learn = make_learner(config, table, cache=not dry_run, progress=reporter.progress)
     config = resolve(config, learn)
     for warning in caught:
         if issubclass(warning.category, WeightsWarning):
             reporter.warn(str(warning.message))
             config = replace(config, warnings=(*config.warnings, str(warning.message)))
     run.start(config, table)
-    reporter.say(describe(make_plan(config, table, learn, timed=dry_run), config, run))
-    if not dry_run:
-        complete(learn, run, reporter)
-    return run
+    return learn, config
 
 
 def resume(
@@ -110,24 +123,25 @@ def resume(
     """Go on with an unfinished run, the newest if no name is given, as if it had not stopped.
 
     Raises:
-        BloodcellError: there is no such run, or it came to its end.
+        BloodcellError: there is no such run, it came to its end, or another process trains it.
     """
     reporter = reporter or Reporter()
     run = Run.open(name, root) if name else newest_unfinished(root)
     run.refuse_folds()
-    if run.finished:
-        raise BloodcellError(
-            f"Run {run.name} came to its end after {len(run.history)} epochs.",
-            f"See it: bloodcell interpret {run.name}",
-        )
-    checkpoint = run.load_last()
-    weights = "none" if checkpoint else None  # the checkpoint brings all weights
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", WeightsWarning)
-        learn = make_learner(run.config, run.table, weights, progress=reporter.progress)
-    done = checkpoint.epochs_done if checkpoint else 0
-    reporter.say(f"Resuming {run.name} after epoch {done} of {run.config.epochs}.")
-    complete(learn, run, reporter)
+    with run.lock():
+        if run.finished:
+            raise BloodcellError(
+                f"Run {run.name} came to its end after {len(run.history)} epochs.",
+                f"See it: bloodcell interpret {run.name}",
+            )
+        checkpoint = run.load_last()
+        weights = "none" if checkpoint else None  # the checkpoint brings all weights
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WeightsWarning)
+            learn = make_learner(run.config, run.table, weights, progress=reporter.progress)
+        done = checkpoint.epochs_done if checkpoint else 0
+        reporter.say(f"Resuming {run.name} after epoch {done} of {run.config.epochs}.")
+        complete(learn, run, reporter)
     return run
 
 

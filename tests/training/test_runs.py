@@ -36,6 +36,7 @@ def test_the_newest_run_is_opened(tmp_path, demo_table):
 
 def test_names(tmp_path):
     first, second = Run.create(tmp_path), Run.create(tmp_path)
+    first.start(Config(), pd.DataFrame())
     assert first.name != second.name
     for name in ("../up", "a/b", "", ".hidden"):
         with pytest.raises(BloodcellError, match="cannot name a run"):
@@ -80,7 +81,7 @@ def test_a_model_comes_back(tmp_path, learn, demo_table):
 def test_a_checkpoint_comes_back(tmp_path, learn):
     run = Run(tmp_path)
     assert run.load_last() is None
-    run.save_last(learn, epochs_done=2, best=0.75)
+    run.save_last(learn, epochs_done=2, best=0.75, wait=1)
     before = learn.opt.state_dict()
     weight = timm_model(learn).fc.weight.clone()
     learn.create_opt()
@@ -89,7 +90,7 @@ def test_a_checkpoint_comes_back(tmp_path, learn):
     checkpoint = run.load_last()
     checkpoint.restore_model(learn)
     checkpoint.restore_optimizer(learn)
-    assert (checkpoint.epochs_done, checkpoint.best) == (2, 0.75)
+    assert (checkpoint.epochs_done, checkpoint.best, checkpoint.wait) == (2, 0.75, 1)
     assert torch.equal(timm_model(learn).fc.weight, weight)
     after = learn.opt.state_dict()
     assert after["hypers"] == before["hypers"]
@@ -103,7 +104,7 @@ def test_a_checkpoint_comes_back(tmp_path, learn):
 
 def test_a_finished_run_drops_its_checkpoint(tmp_path, learn):
     run = Run(tmp_path)
-    run.save_last(learn, 1, 0.5)
+    run.save_last(learn, 1, 0.5, 0)
     run.finish()
     assert run.finished
     assert run.load_last() is None
