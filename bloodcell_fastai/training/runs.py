@@ -11,15 +11,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.vision.all import Learner
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import Config
 from ..errors import BloodcellError
-from ..files import atomic_path, write_json, write_text
+from ..files import atomic_path, read_json, read_table, write_json, write_table, write_text
 from .calibration import Calibration, Reference
+from .checkpoints import bad_checkpoint, check_optimizer, read_checkpoint
 from .learner import load_weights, read_tensors, timm_model
 
+IMAGE_COLUMNS = ["path", "label", "subset", "photo", "part"]
+REFERENCE_COLUMNS = ["path", "label", "photo"]
 HISTORY = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "seconds"]
 
 
@@ -93,17 +95,15 @@ class Run:
     @property
     def table(self) -> pd.DataFrame:
         """The image table with its ``part``."""
-        path = self.path / "split.csv"
-        try:
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        except FileNotFoundError:
-            raise BloodcellError(f"{path} is missing.", "Train again: bloodcell fit") from None
+        return read_table(self.path / "split.csv", IMAGE_COLUMNS, hint="Train again: bloodcell fit")
 
     @property
     def history(self) -> pd.DataFrame:
         """One row per finished epoch, in the columns of ``history.csv``; empty before the first."""
         path = self.path / "history.csv"
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=HISTORY)
+        if not path.is_file():
+            return pd.DataFrame(columns=HISTORY)
+        return read_table(path, HISTORY, numbers=HISTORY)
 
     @property
     def has_model(self) -> bool:
@@ -118,7 +118,7 @@ class Run:
     def start(self, config: Config, table: pd.DataFrame) -> None:
         """Write what the run is: its options and its images."""
         config.save(self.path / "config.json")
-        write_text(self.path / "split.csv", table.to_csv(index=False))
+        write_table(self.path / "split.csv", table)
 
     def append_history(self, row: dict) -> None:
         """Add an epoch to ``history.csv``, in place of any the run had from there on."""
@@ -135,7 +135,8 @@ class Run:
         """
         (self.path / "calibration.json").unlink(missing_ok=True)
         with atomic_path(self.path / "model.safetensors") as temporary:
-            save_file(_contiguous(timm_model(learn).state_dict()), temporary)
+            classes = {"classes": json.dumps(list(learn.dls.vocab))}
+            save_file(_contiguous(timm_model(learn).state_dict()), temporary, classes)
 
     def load_model(self, learn: Learner) -> None:
         """Put the run's best weights into ``learn``.
@@ -144,7 +145,7 @@ class Run:
             BloodcellError: there are none yet, or they do not fit.
         """
         self.require_model()
-        load_weights(timm_model(learn), self.path / "model.safetensors")
+        load_weights(timm_model(learn), self.path / "model.safetensors", tuple(learn.dls.vocab))
 
     @property
     def calibration(self) -> Calibration | None:
@@ -167,8 +168,9 @@ class Run:
             return None
         path, listed = self.path / "reference.safetensors", self.path / "reference.csv"
         features = read_tensors(path).get("features")
-        table = pd.read_csv(listed, dtype=str, keep_default_na=False) if listed.is_file() else []
+        table = read_table(listed, REFERENCE_COLUMNS) if listed.is_file() else []
         fits = features is not None and features.ndim == 2 and len(features) == len(table)
+        fits = fits and features.is_floating_point() and bool(features.isfinite().all())
         if not fits or not 1 <= calibration.neighbours <= len(table):
             raise BloodcellError(
                 f"{path} and {listed.name} do not belong together.",
@@ -185,7 +187,7 @@ class Run:
         path.unlink(missing_ok=True)
         with atomic_path(self.path / "reference.safetensors") as temporary:
             save_file({"features": reference.features.half().contiguous()}, temporary)
-        write_text(self.path / "reference.csv", reference.table.to_csv(index=False))
+        write_table(self.path / "reference.csv", reference.table)
         write_json(path, asdict(calibration))
 
     def require_model(self) -> None:
@@ -245,21 +247,25 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path):
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self._path = path
+        self._tensors, state = read_checkpoint(path)
         self.epochs_done, self.best = state["epochs_done"], state["best"]
         self._optimizer = state["optimizer"]
 
     def restore_model(self, learn: Learner) -> None:
         """Put the weights into ``learn``."""
         model = {k[6:]: v for k, v in self._tensors.items() if k.startswith("model.")}
-        timm_model(learn).load_state_dict(model)
+        try:
+            timm_model(learn).load_state_dict(model)
+        except (RuntimeError, TypeError):
+            raise bad_checkpoint(self._path, "its weights are those of another model") from None
 
     def restore_optimizer(self, learn: Learner) -> None:
         """Put the optimizer's state into ``learn``; after freezing, which clears it."""
         learn.create_opt()
-        learn.opt.load_state_dict(_unpack_optimizer(self._tensors, self._optimizer))
+        state = _unpack_optimizer(self._tensors, self._optimizer)
+        check_optimizer(self._path, learn.opt, state)
+        learn.opt.load_state_dict(state)
 
 
 def all_runs(root: str | Path = "runs") -> list[Run]:
@@ -285,12 +291,7 @@ _RECALIBRATE = "Calibrate it anew: rm {1}/calibration.json && bloodcell interpre
 
 def _read_calibration(path: Path) -> Calibration:
     """A calibration whose every field is there and makes sense."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _bad_calibration(path, f"is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise _bad_calibration(path, "holds no table of values")
+    values = read_json(path, _RECALIBRATE.format(path.parent.name, path.parent))
     for field in fields(Calibration):
         low, high, whole = _CALIBRATION_RANGES[field.name]
         value = values.get(field.name)
