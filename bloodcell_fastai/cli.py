@@ -3,6 +3,8 @@
 torch and fastai take seconds to import, so every command imports what it needs when it runs.
 """
 
+import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +20,7 @@ from typer import Abort
 from typer.exceptions import TyperException
 
 from .config import Config
-from .errors import BloodcellError, disk_error, usage_error
+from .errors import BloodcellError, disk_error, printable, usage_error
 from .reporter import Reporter
 
 if TYPE_CHECKING:
@@ -27,14 +29,24 @@ if TYPE_CHECKING:
     from .serving.inference import Outcome
     from .training.runs import Run
 
+
+class PlainConsole(Console):
+    """A console that shows text as it is: names of files hold no markup and give no orders."""
+
+    def render_str(self, text: str, **options) -> Text:
+        """Text without markup, emoji codes and control characters."""
+        options |= {"markup": False, "emoji": False}
+        return super().render_str(printable(text), **options)
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+console = PlainConsole(highlight=False, soft_wrap=True)
+errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 DEFAULTS = Config()
 MOST_ROWS = 50  # of a table in the terminal
 
@@ -83,7 +95,7 @@ def describe_data(
     console.print(f"Original photographs beside them: {len(dataset.originals):,}")
     console.print(f"Unreadable files: {len(dataset.unreadable):,}")
     for path in dataset.unreadable:
-        console.print(f"  {path}")
+        console.print("  " + str(path).replace("\n", "\\n"))
     save_figure(contact_sheet(dataset.table), out)
     console.print(f"Contact sheet: {out}")
 
@@ -261,7 +273,7 @@ def predict(
     if outcome.unreadable:
         errors.print(f"Unreadable, left out ({len(outcome.unreadable):,}):")
         for path in outcome.unreadable:
-            errors.print(Text(f"  {path}"))
+            errors.print("  " + path.replace("\n", "\\n"))
         raise typer.Exit(1)
 
 
@@ -388,10 +400,12 @@ def _learning_rate(text: str) -> float:
 
 
 def main() -> None:
-    """Run the command line; a BloodcellError becomes two lines and an exit code."""
+    """Run the command line; whatever goes wrong becomes two lines and an exit code."""
     # fastai and torch warn about their own insides, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Image size")  # Pillow; ours is an error
+    _accept_any_name()
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -414,13 +428,40 @@ def main() -> None:
         code = _show_error(
             BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", 130)
         )
+    except BrokenPipeError:  # the reader has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if debug:
+            raise
+        code = _show_error(_unexpected(error))
     raise SystemExit(code)
 
 
+def _accept_any_name() -> None:
+    """Names of files may be in any encoding, and the terminal's may lack their letters."""
+    for stream, errors_mode in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        with contextlib.suppress(AttributeError, ValueError):  # not a file, or closed
+            stream.reconfigure(errors=errors_mode)
+
+
+def _unexpected(error: Exception) -> BloodcellError:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return BloodcellError(
+        f"Unexpected: {type(error).__name__}" + (f": {reason}" if reason else "."),
+        "Run it again as bloodcell --debug ... and report what it shows.",
+    )
+
+
 def _show_error(error: BloodcellError) -> int:
-    errors.print(Text(f"Error: {error.message}", style="bold red"))
-    if error.hint:
-        errors.print(Text(f"Hint:  {error.hint}"))
+    message, hint = (text.replace("\n", "\\n") for text in (error.message, error.hint))
+    errors.print(Text(printable(f"Error: {message}"), style="bold red"))
+    if hint:
+        errors.print(Text(printable(f"Hint:  {hint}")))
     return error.exit_code
 
 

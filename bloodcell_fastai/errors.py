@@ -39,3 +39,11 @@ def _hint(error: OSError) -> str:
 def usage_error(message: str, hint: str = "") -> BloodcellError:
     """A :class:`BloodcellError` for an argument that cannot be right (exit code 2)."""
     return BloodcellError(message, hint, exit_code=2)
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters and bytes that are no text written as escapes.
+
+    File names come from strangers, and a terminal obeys what it is shown. Line breaks stay.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -1,6 +1,5 @@
 """``bloodcell interpret`` and its notebook twin: what a model gets right, and what it does not."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ..data.blocks import config_dls
 from ..data.provenance import with_photos
 from ..data.splits import photos_known
 from ..errors import BloodcellError
-from ..files import write_json, write_text
+from ..files import read_json, read_table, write_json, write_table, write_text
 from ..training.calibration import Reference, calibrate
 from ..training.callbacks import use_progress
 from ..training.learner import blood_learner
@@ -117,7 +116,7 @@ def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
 
 def write_results(run: Run, result: Interpretation, learn: Learner | None = None) -> None:
     """Write the files of :func:`interpret_run`; without the learner the page has no heat maps."""
-    write_text(run.path / "predictions.csv", result.predictions.to_csv(index=False))
+    write_table(run.path / "predictions.csv", result.predictions)
     write_json(run.path / "metrics.json", result.metrics)
     write_text(run.report / "classification_report.txt", result.classification_report())
     pictures = {
@@ -137,16 +136,62 @@ def read_results(run: Run) -> Interpretation:
     Raises:
         BloodcellError: the run was not interpreted yet.
     """
-    try:
-        metrics = json.loads((run.path / "metrics.json").read_text())
-        predictions = pd.read_csv(run.path / "predictions.csv", dtype={"photo": str})
-    except FileNotFoundError:
-        raise BloodcellError(
-            f"Run {run.name} was not interpreted yet.", f"Run: bloodcell interpret {run.name}"
-        ) from None
+    hint = f"Run: bloodcell interpret {run.name}"
+    files = [run.path / name for name in ("metrics.json", "predictions.csv")]
+    if not all(file.is_file() for file in files):
+        raise BloodcellError(f"Run {run.name} was not interpreted yet.", hint)
+    metrics = read_metrics(run)
+    classes = metrics["classes"]
+    shares = [f"p_{name}" for name in classes]
+    predictions = read_table(files[1], PREDICTED, ["confidence", "loss", *shares], hint)
+    if "distance" in predictions:
+        predictions["distance"] = pd.to_numeric(predictions["distance"], errors="coerce")
+    for column in ("label", "predicted"):
+        if unknown := set(predictions[column]) - set(classes):
+            raise BloodcellError(f"{files[1]}: {column} is {min(unknown)!r}, no class.", hint)
     # Results of before the calibration have no temperature: theirs was 1.
     temperature = metrics.get("temperature", 1.0)
-    return Interpretation(predictions, metrics["classes"], metrics["leakage"], temperature)
+    return Interpretation(predictions, tuple(classes), metrics["leakage"], temperature)
+
+
+PREDICTED = ["path", "label", "predicted", "photo"]
+_SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "photo_accuracy")
+
+
+def read_metrics(run: Run) -> dict:
+    """What ``metrics.json`` of a run holds.
+
+    Raises:
+        BloodcellError: it is missing, or a value that others rely on makes no sense.
+    """
+    path, hint = run.path / "metrics.json", f"Run: bloodcell interpret {run.name}"
+    metrics = read_json(path, hint)
+    classes, leakage = metrics.get("classes"), metrics.get("leakage")
+    temperature = metrics.get("temperature", 1.0)
+    sound = {
+        "classes": isinstance(classes, list)
+        and classes
+        and all(isinstance(name, str) for name in classes)
+        and len(set(classes)) == len(classes),
+        "leakage": leakage is None or _is_share(leakage),
+        "temperature": temperature is None or _is_number(temperature, 1e-6, 1e6),
+    }
+    sound |= {name: _is_share(metrics.get(name)) for name in _SHARES}
+    for name in ("accuracy_ci95", "photo_accuracy_ci95"):
+        bounds = metrics.get(name)
+        sound[name] = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_share, bounds))
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise BloodcellError(f"{path}: {name} is {str(metrics.get(name))[:80]}.", hint)
+    return metrics
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value, 0, 1)
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
 
 
 def summarise(result: Interpretation, config: Config) -> str:

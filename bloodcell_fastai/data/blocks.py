@@ -223,7 +223,10 @@ def pick_device(name: str = "auto"):
     if name == "auto":
         return default_device()
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BloodcellError(f"No device {name!r} here: {reason}", "Use --device auto.") from None

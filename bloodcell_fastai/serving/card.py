@@ -1,12 +1,12 @@
 """The model card of an export: a README with the metadata the Hugging Face Hub reads."""
 
-import json
 from pathlib import Path
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 
+from ..analysis.interpretation import read_metrics
 from ..config import Config
 from ..data.splits import leakage
 from ..training.runs import Run
@@ -98,8 +98,7 @@ def _first_weights(config: Config) -> PretrainedCfg | None:
 
 
 def _metrics(run: Run) -> dict | None:
-    path = run.path / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_metrics(run) if (run.path / "metrics.json").is_file() else None
 
 
 def _dataset_name(config: Config) -> str:

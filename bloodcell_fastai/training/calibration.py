@@ -14,6 +14,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn.functional import normalize
 
 from ..data.blocks import image_dls
+from ..errors import BloodcellError
 from .learner import classifier_inputs, timm_model
 
 if TYPE_CHECKING:
@@ -79,8 +80,17 @@ class Reference:
 
         Returns:
             Distances, float32 (n,) from 0 to 2, and rows of ``table``, int64 (n,).
+
+        Raises:
+            BloodcellError: the reference is of another model.
         """
         known = self.features.float().T
+        if len(features) and features.shape[1] != len(known):
+            raise BloodcellError(
+                f"reference.safetensors has {len(known)} features an image, the model "
+                f"{features.shape[1]}.",
+                "Remove calibration.json of the run and calibrate anew: bloodcell interpret RUN",
+            )
         distances, rows = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
         for chunk in torch.as_tensor(features).split(_CHUNK):
             likeness = normalize(chunk.float()) @ known  # cosines: |a - b|^2 = 2 - 2 a.b
