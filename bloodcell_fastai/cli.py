@@ -49,6 +49,7 @@ console = PlainConsole(highlight=False, soft_wrap=True)
 errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 DEFAULTS = Config()
 MOST_ROWS = 50  # of a table in the terminal
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 Data = Annotated[
     str | None,
@@ -411,6 +412,8 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         code = app(prog_name="bloodcell", standalone_mode=False)
+        if code == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except BloodcellError as error:
         if debug:
             raise
@@ -426,7 +429,7 @@ def main() -> None:
         code = _show_error(usage_error(message, f"See {command} --help.")) if message else 2
     except (Abort, KeyboardInterrupt):
         code = _show_error(
-            BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", 130)
+            BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", INTERRUPTED)
         )
     except BrokenPipeError:  # the reader has seen enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,6 +37,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush_to_disk(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where it is
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,14 +1,17 @@
 import io
+import signal
 
 import pandas as pd
 import pytest
 import torch
+from fastai.vision.all import Callback
 
 from bloodcell_fastai import BloodcellError, Config, Run, split_table
 from bloodcell_fastai.training import fit as fit_module
 from bloodcell_fastai.training.callbacks import (
     CPUBFloat16,
     RichProgress,
+    StopOnSignal,
     has_cpu_bfloat16,
     use_progress,
 )
@@ -162,6 +165,29 @@ def test_nan_keeps_the_best_model_and_says_so(table, tmp_path):
         fit(learn, run, poison)
     assert "--lr" in caught.value.hint
     assert run.has_model
+
+
+def test_nan_after_the_last_step_of_an_epoch_is_seen_before_it_is_saved(table, tmp_path):
+    class Poison(Callback):
+        def after_train(self):
+            if self.epoch == 1:
+                with torch.no_grad():
+                    timm_model(self.learn).conv_stem.weight.fill_(float("nan"))
+
+    learn, run = start(tmp_path, table, epochs=3)
+    learn.add_cb(Poison())
+    with pytest.raises(BloodcellError, match="NaN in epoch 2; the 1 before it"):
+        fit(learn, run, lambda line: None)
+    assert run.load_last().epochs_done == len(run.history) == 1
+
+
+def test_signals_are_given_back_and_ignored_ones_left_alone():
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with StopOnSignal():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is before[0]
+    signal.signal(signal.SIGTERM, before[1])
 
 
 def test_early_stopping(table, tmp_path, monkeypatch):
