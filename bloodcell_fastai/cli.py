@@ -405,7 +405,8 @@ def main() -> None:
     # fastai and torch warn about their own insides, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message="Image size")  # Pillow; ours is an error
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are listed
+    warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
     _accept_any_name()
     debug = "--debug" in sys.argv
     if debug:

@@ -1,6 +1,5 @@
 """Every choice of a run in one place: checked when made, saved as JSON beside the results."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -132,10 +131,11 @@ _RANGES = (
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # NaN too
         option = "--" + name.replace("_", "-")
         raise usage_error(
-            f"{name} is {value}, which makes no sense.", f"Give {option} from {low} to {high}."
+            f"{name} is {str(value)[:40]}, which makes no sense.",
+            f"Give {option} from {low} to {high}.",
         )
 
 

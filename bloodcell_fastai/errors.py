@@ -41,6 +41,11 @@ def usage_error(message: str, hint: str = "") -> BloodcellError:
     return BloodcellError(message, hint, exit_code=2)
 
 
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether a value read from JSON is a number, no truth value, from ``low`` to ``high``."""
+    return type(value) in (int, float) and low <= value <= high
+
+
 def printable(text: str) -> str:
     """``text`` with control characters and bytes that are no text written as escapes.
 

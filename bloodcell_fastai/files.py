@@ -1,5 +1,6 @@
 """Files: written so that a kill at any moment leaves the previous good one, read with suspicion."""
 
+import codecs
 import csv
 import io
 import json
@@ -141,28 +142,27 @@ def read_table(
     import pandas as pd
 
     content = _read_bytes(path, hint)
-    if b"\0" in content:  # which no name can hold and no reader expects
+    if b"\0" in content:  # which no name can hold
         raise BloodcellError(f"{path} is not a CSV table: it holds zero bytes.", hint)
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     try:
-        table = pd.read_csv(
-            io.BytesIO(content),
-            dtype=str,
-            keep_default_na=False,
-            encoding_errors="surrogateescape",
-        )
-    except (ValueError, OverflowError, IndexError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BloodcellError(f"{path} is not a CSV table: {reason}.", hint) from None
+        header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
+    except (csv.Error, ValueError) as error:
+        raise BloodcellError(f"{path} is not a CSV table: {error}.", hint) from None
     for name in (*columns, *numbers):
-        if name not in table:
-            raise BloodcellError(f"{path} has no column {name}.", hint)
-    if not isinstance(table.index, pd.RangeIndex) or table.isna().any(axis=None):
+        if header.count(name) != 1:
+            raise BloodcellError(f"{path} has {header.count(name)} columns {name}.", hint)
+    if any(len(row) != len(header) for row in rows):
         raise BloodcellError(f"{path} has rows of another length than its header.", hint)
+    table = pd.DataFrame(rows, columns=header, dtype=str)
     for name in numbers:
         try:
             table[name] = pd.to_numeric(table[name])
+            is_number = table[name].dtype.kind in "if" or table.empty
         except (ValueError, TypeError, OverflowError):
-            raise BloodcellError(f"{path}: a value of {name} is no number.", hint) from None
+            is_number = False
+        if not is_number:
+            raise BloodcellError(f"{path}: a value of {name} is no number.", hint)
     return table
 
 

@@ -1,6 +1,7 @@
 """Every error of the commands: two lines, what is wrong and what to do, and an exit code."""
 
 import ast
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import bloodcell_fastai
-from bloodcell_fastai import cli
+from bloodcell_fastai import Run, cli
+from bloodcell_fastai.analysis.interpretation import read_results
+from bloodcell_fastai.data import dataset, splits
+from bloodcell_fastai.serving import export
+from bloodcell_fastai.training import learner
 
 PACKAGE = Path(bloodcell_fastai.__file__).parent
 RUN = Path("runs/mine")
@@ -30,8 +36,9 @@ def command(tmp_path, monkeypatch, capsys, demo_root):
     """Run a command line in this process: its exit code and its lines on standard error."""
     monkeypatch.chdir(tmp_path)
 
-    def run(line: str) -> tuple[int, list[str]]:
-        words = [str(demo_root) if word == "DEMO" else word for word in line.split()]
+    def run(line: str | list[str]) -> tuple[int, list[str]]:
+        words = line.split() if isinstance(line, str) else line
+        words = [str(demo_root) if word == "DEMO" else word for word in words]
         monkeypatch.setattr(sys, "argv", ["bloodcell", *words])
         with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
             cli.main()
@@ -166,7 +173,7 @@ DATA_ERRORS = [
     (
         f"fit --data x --dry-run {SMALL}",
         lambda: (images("x/A", "x/B"), text("x/photos.csv", "path\n1\n")),
-        "photos.csv has no column photo",
+        "photos.csv has 0 columns photo",
         "bloodcell audit",
         1,
     ),
@@ -385,7 +392,7 @@ RUN_ERRORS = [
     (
         "interpret",
         lambda: text(f"{RUN}/split.csv", "path\n1\n"),
-        "split.csv has no column label",
+        "split.csv has 0 columns label",
         "bloodcell fit",
         1,
     ),
@@ -406,7 +413,7 @@ RUN_ERRORS = [
     (
         "interpret",
         lambda: text(f"{RUN}/split.csv", ""),
-        "split.csv is not a CSV table: No columns",
+        "split.csv is not a CSV table: not enough values",
         "bloodcell fit",
         1,
     ),
@@ -418,6 +425,13 @@ RUN_ERRORS = [
         ),
         "history.csv: a value of epoch is no number",
         "edited",
+        1,
+    ),
+    (
+        "interpret",
+        lambda: text(f"{RUN}/split.csv", "path,label,subset,photo,part\n1,2,3,4,\n"),
+        "The table has no images to train with",
+        "Split it again",
         1,
     ),
     ("interpret", gone_images, "validation images are gone, such as", "Put the data back to", 1),
@@ -542,11 +556,70 @@ def test_debug_lets_every_error_through(tmp_path, monkeypatch):
 
 def test_a_name_gives_the_terminal_no_orders(command):
     name = "x\x1b[31m[red]:smile:\n/tmp"
-    text("list.txt", "")
-    code, lines = command(f"data --data {name.replace(' ', '')}")
+    code, lines = command(["data", "--data", name])
     assert code == 1
     assert "\x1b" not in "".join(lines)
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda: (RUN / "metrics.json").unlink(), "Run mine was not interpreted yet"),
+        (
+            lambda: text(
+                f"{RUN}/predictions.csv", (RUN / "predictions.csv").read_text().split()[0]
+            ),
+            "holds no predictions, or some that are no number",
+        ),
+        (
+            lambda: text(
+                f"{RUN}/predictions.csv",
+                re.sub(",LYMPHOCYTE,", ",LYMPHOMA,", (RUN / "predictions.csv").read_text()),
+            ),
+            "'LYMPHOMA', not a class",
+        ),
+    ],
+)
+def test_results_that_are_missing_or_edited(run_folder, tmp_path, monkeypatch, prepare, message):
+    monkeypatch.chdir(tmp_path)
+    prepare()
+    with pytest.raises(bloodcell_fastai.BloodcellError, match=message) as caught:
+        read_results(Run(RUN))
+    assert "bloodcell interpret mine" in caught.value.hint
+
+
+def test_weights_that_only_the_hub_has(monkeypatch):
+    monkeypatch.setattr(learner, "_why_no_pretrained", lambda arch: "there is no network.")
+    with pytest.raises(bloodcell_fastai.BloodcellError, match="No ImageNet weights for resnet18"):
+        learner.load_model("resnet18", 2, 64, "imagenet")
+
+
+def test_a_model_that_torch_cannot_write_as_a_graph(command, run_folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise torch.onnx.OnnxExporterError("no such operator")
+
+    monkeypatch.setattr(export, "_require", lambda *packages: None)
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    code, lines = command("export --format onnx")
+    assert code == 1
+    assert lines[-2] == "Error: torch cannot turn resnet18 into ONNX: no such operator"
+    assert lines[-1] == "Hint:  Use --format timm."
+
+
+def test_a_split_without_images_to_validate_on(demo_table):
+    with pytest.raises(bloodcell_fastai.BloodcellError, match="No image is left for validation"):
+        splits._check_classes(demo_table.assign(part="train"))
+
+
+def test_a_download_that_is_refused(monkeypatch):
+    def refuse(handle):
+        raise RuntimeError("403")
+
+    monkeypatch.setattr(dataset.socket, "create_connection", lambda *args, **kwargs: io.BytesIO())
+    monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(dataset_download=refuse))
+    with pytest.raises(bloodcell_fastai.BloodcellError, match="Kaggle refused the download"):
+        dataset.download_kaggle()
 
 
 # --- No error without a test ------------------------------------------------------------------
@@ -583,7 +656,7 @@ def expected() -> set[str]:
     for path in Path(__file__).parent.rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                pieces = re.split(r"\||\.\*", node.value.replace("\\", ""))
+                pieces = re.split(r"\||\.\*|\d+", node.value.replace("\\", ""))
                 found |= {piece.strip(" .:,") for piece in pieces}
     return {piece for piece in found if len(piece) >= FEWEST}
 

@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..data.dataset import open_image
 from ..data.provenance import match_pair
+from ..errors import printable
 from ..files import atomic_path
 from ..training.calibration import CALIBRATION_BINS, reliability
 from .evaluation import Evaluation, coverage, uncalibrated
@@ -28,7 +30,7 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
-    "text.parse_math": False,  # a class may be named "$"
+    "text.parse_math": False,  # a name with dollar signs is no formula
 }
 # What figure_svg makes of a figure's colours where a page is dark.
 DARK = {BLUE: "#56B4E9", ORANGE: "#F0882F", GREY: "#A3ACB8"}
@@ -36,6 +38,8 @@ DARK = {BLUE: "#56B4E9", ORANGE: "#F0882F", GREY: "#A3ACB8"}
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure to ``path``, atomically, in the format of its suffix."""
+    for text in figure.findobj(Text):  # names of files and classes may hold anything
+        text.set_text(printable(text.get_text()))
     with atomic_path(path) as temporary, rc_context(STYLE):
         figure.savefig(temporary)
 

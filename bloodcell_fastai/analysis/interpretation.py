@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastai.vision.all import Learner
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from ..config import Config
 from ..data.blocks import config_dls
 from ..data.provenance import with_photos
 from ..data.splits import photos_known
-from ..errors import BloodcellError
+from ..errors import BloodcellError, is_number
 from ..files import read_json, read_table, write_json, write_table, write_text
 from ..training.calibration import Reference, calibrate
 from ..training.callbacks import use_progress
@@ -144,11 +145,14 @@ def read_results(run: Run) -> Interpretation:
     classes = metrics["classes"]
     shares = [f"p_{name}" for name in classes]
     predictions = read_table(files[1], PREDICTED, ["confidence", "loss", *shares], hint)
+    numbers = predictions[["confidence", "loss", *shares]].to_numpy(float)
+    if not len(numbers) or not np.isfinite(numbers).all():
+        raise BloodcellError(f"{files[1]} holds no predictions, or some that are no number.", hint)
     if "distance" in predictions:
         predictions["distance"] = pd.to_numeric(predictions["distance"], errors="coerce")
     for column in ("label", "predicted"):
         if unknown := set(predictions[column]) - set(classes):
-            raise BloodcellError(f"{files[1]}: {column} is {min(unknown)!r}, no class.", hint)
+            raise BloodcellError(f"{files[1]}: {column} is {min(unknown)!r}, not a class.", hint)
     # Results of before the calibration have no temperature: theirs was 1.
     temperature = metrics.get("temperature", 1.0)
     return Interpretation(predictions, tuple(classes), metrics["leakage"], temperature)
@@ -173,8 +177,8 @@ def read_metrics(run: Run) -> dict:
         and classes
         and all(isinstance(name, str) for name in classes)
         and len(set(classes)) == len(classes),
-        "leakage": leakage is None or _is_share(leakage),
-        "temperature": temperature is None or _is_number(temperature, 1e-6, 1e6),
+        "leakage": "leakage" in metrics and (leakage is None or _is_share(leakage)),
+        "temperature": temperature is None or is_number(temperature, 1e-6, 1e6),
     }
     sound |= {name: _is_share(metrics.get(name)) for name in _SHARES}
     for name in ("accuracy_ci95", "photo_accuracy_ci95"):
@@ -187,11 +191,7 @@ def read_metrics(run: Run) -> dict:
 
 
 def _is_share(value: object) -> bool:
-    return _is_number(value, 0, 1)
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high
+    return is_number(value, 0, 1)
 
 
 def summarise(result: Interpretation, config: Config) -> str:

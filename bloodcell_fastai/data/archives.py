@@ -1,5 +1,6 @@
 """Zip files from strangers: the whole of one is judged before a byte of it is written."""
 
+import errno
 import lzma
 import shutil
 import stat
@@ -69,7 +70,8 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(archive) as zipped:
             yield zipped
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's error, not the archive's
+        # Of the disk and not of the archive; EINVAL is what a place before its beginning gives.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise BloodcellError(
             f"{archive} is not a zip that can be unpacked: {error}.", "Download it again."

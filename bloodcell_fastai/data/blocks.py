@@ -115,11 +115,16 @@ def blood_dls(
         an int64 tensor (bs,).
 
     Raises:
-        BloodcellError: the table has no ``part``, an image of no known class, or an unknown
-            architecture.
+        BloodcellError: the table has no ``part`` or one without images, an image of no known
+            class, or an unknown architecture.
     """
     if "part" not in table:
         raise BloodcellError("The table is not split.", "Call split_table(table) first.")
+    if missing := {"train", "valid"} - set(table.part):
+        raise BloodcellError(
+            f"The table has no images to {min(missing)} with.",
+            "Split it again: split_table(table).",
+        )
     used = table[table.part.isin(["train", "valid"])].reset_index(drop=True)
     classes = list(classes or sorted(set(used.label[used.part == "train"])))
     check_labels(used.label, classes)

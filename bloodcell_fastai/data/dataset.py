@@ -202,7 +202,7 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
         with _opened(path) as image:
             size = image.size
             # A JPEG decoded at an eighth still reads every byte, in a fraction of the time.
-            image.draft(image.mode, (size[0] // 8, size[1] // 8))
+            image.draft(image.mode, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
             image.load()
             return size
     except OSError:

@@ -106,9 +106,11 @@ def _by_photo(table: pd.DataFrame, seed: int) -> pd.Series:
 def _grouped_folds(table: pd.DataFrame, n_splits: int, seed: int) -> list[pd.Index]:
     """The validation rows of each fold."""
     # The grouped kind places one group after the other, which takes minutes for 100,000.
-    kind = StratifiedGroupKFold if photos_known(table) else StratifiedKFold
-    folds = kind(n_splits, shuffle=True, random_state=seed)
-    split = folds.split(table.path, table.label, groups=table.photo)
+    grouped = photos_known(table)
+    folds = (StratifiedGroupKFold if grouped else StratifiedKFold)(
+        n_splits, shuffle=True, random_state=seed
+    )
+    split = folds.split(table.path, table.label, groups=table.photo if grouped else None)
     return [table.index[valid] for _, valid in split]
 
 

@@ -302,9 +302,7 @@ class PredictionFile:
             return "".join(json.dumps(row) + "\n" for row in rows)
         lines = [self.columns] if header else []
         lines += [[row[name] for name in self.columns] for row in rows]
-        text = _csv_text(lines)
-        # Of the name of a file: unquoted it would end the row.
-        return _csv_text(lines, csv.QUOTE_ALL) if "\r" in text else text
+        return "".join(map(_csv_line, lines))
 
     def _read(self) -> list[dict]:
         with _open(self.path, "r") as file:
@@ -385,10 +383,13 @@ def _view(images: torch.Tensor, number: int) -> torch.Tensor:
     return (images.flip(-1) if number >= 4 else images).rot90(number % 4, (-2, -1))
 
 
-def _csv_text(lines: list[list], quoting: int = csv.QUOTE_MINIMAL) -> str:
+def _csv_line(values: Sequence, quoting: int = csv.QUOTE_MINIMAL) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerows(lines)
-    return buffer.getvalue()
+    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(values)
+    line = buffer.getvalue()
+    if "\r" in line and quoting == csv.QUOTE_MINIMAL:  # in a name; unquoted it ends the row
+        return _csv_line(values, csv.QUOTE_ALL)
+    return line
 
 
 def _parse_jsonl(text: str, columns: list[str]) -> list[dict]:

@@ -1,7 +1,6 @@
 """The checkpoint of a run is read like a letter from a stranger."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -63,7 +62,7 @@ def check_optimizer(path: Path, optimizer, state: dict) -> None:
         raise bad_checkpoint(path, "hypers are those of another optimizer")
     parameters = [entry[0] for entry in optimizer.all_params()]
     if len(state["state"]) != len(parameters):
-        raise bad_checkpoint(path, f"it has {len(state['state'])} parameters, the model others")
+        raise bad_checkpoint(path, f"it has {len(state['state'])} parameters, unlike the model")
     for parameter, entry in zip(parameters, state["state"], strict=True):
         for name, value in entry.items():
             shape = torch.Size() if name == "step" else parameter.shape
@@ -84,4 +83,4 @@ def _is_plain(values: dict) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, bool | int | float) and math.isfinite(value) and abs(value) < 1e15
+    return isinstance(value, bool | int | float) and -1e15 < value < 1e15

@@ -3,7 +3,9 @@
 import json
 import os
 import struct
+import sys
 import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bloodcell_fastai import BloodcellError, split_table
+from bloodcell_fastai import BloodcellError, Config, Predictor, Run, cli, split_table
 from bloodcell_fastai.data import dataset
 from bloodcell_fastai.data.dataset import image_size, open_image, read_folder
 from bloodcell_fastai.data.pixels import Pixels
@@ -20,6 +22,7 @@ from bloodcell_fastai.data.provenance import find_photos
 from bloodcell_fastai.serving.inference import PredictionFile, find_images
 
 RED = (200, 30, 40)
+SECOND = os.fsdecode("quo'te, [b]β$x^\n".encode() + b"\xff")  # the name of a class
 SIZE = (24, 16)
 
 
@@ -118,6 +121,7 @@ READABLE = {
     "animated.png": (animation, RED),
     "animated.gif": (animation, RED),
     "many-pages.tiff": (lambda p: picture().save(p, save_all=True, append_images=[picture()]), RED),
+    "one-pixel.jpg": (lambda p: Image.new("RGB", (1, 1), RED).save(p, quality=95), RED),
     "one-pixel.png": (lambda p: Image.new("RGB", (1, 1), RED).save(p), RED),
     "one-line.bmp": (lambda p: Image.new("RGB", (500, 1), RED).save(p), RED),
     "large.png": (lambda p: Image.new("RGB", (4000, 3000), RED).save(p), RED),
@@ -178,12 +182,12 @@ def zoo(tmp_path_factory) -> Path:
     """Two classes that hold every image, name and link there is, hidden and system files too."""
     root = tmp_path_factory.mktemp("zoo") / "cells"
     fill(root / "A", NAMES)
-    fill(root / "quo'te, [b]β\n", NAMES)
+    fill(root / SECOND, NAMES)
     for number in range(80):
         picture((100, number, 150)).save(root / "A" / f"more-{number}.png")
     for name, write in UNREADABLE.items():
         write(root / "A" / name)
-    (root / "A" / "other-class").symlink_to(root / "quo'te, [b]β\n")
+    (root / "A" / "other-class").symlink_to(root / SECOND)
     (root / "A" / "circle").symlink_to(root)
     (root / "A" / "linked.png").symlink_to("plain-0.png")
     for name in ("Thumbs.db", ".DS_Store", "._plain.jpg", ".hidden.jpg", "notes.txt", "no-suffix"):
@@ -221,7 +225,7 @@ def test_what_no_viewer_shows_is_unreadable(zoo, name):
 
 def test_each_file_is_read_or_listed_and_none_is_mislabelled(zoo, found):
     assert sorted(path.name for path in found.unreadable) == sorted(UNREADABLE)
-    for folder in ("A", "quo'te, [b]β\n"):
+    for folder in ("A", SECOND):
         names = {Path(path).name for path in found.table.path[found.table.label == folder]}
         plain = {f"plain-{n}.png" for n in range(90)} | {f"more-{n}.png" for n in range(80)}
         assert names - plain == {*NAMES, *READABLE}
@@ -230,8 +234,6 @@ def test_each_file_is_read_or_listed_and_none_is_mislabelled(zoo, found):
 
 
 def test_the_table_comes_back_from_csv(found, tmp_path):
-    from bloodcell_fastai import Config, Run
-
     table = split_table(found.table)
     run = Run(tmp_path)
     run.start(Config(data=str(found.root)), table)
@@ -335,3 +337,65 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset.os, "scandir", refuse)
     with pytest.raises(BloodcellError, match=r"/B cannot be listed: Permission denied"):
         read_folder(tmp_path)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a command in this process: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["bloodcell", *map(str, words)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        return ended.value.code, shown.out, shown.err
+
+    return run
+
+
+def test_data_describes_them(command, zoo, tmp_path):
+    code, out, err = command("data", "--data", zoo)
+    assert code == 0, err
+    assert f"Unreadable files: {len(UNREADABLE)}" in out
+    for name in UNREADABLE:
+        assert name in out
+    with Image.open(tmp_path / "data" / "contact-sheet.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_a_fit_on_them_is_planned(command, zoo, tmp_path):
+    small = ("--arch", "resnet18", "--weights", "none", "--size", 32, "--batch-size", 8)
+    code, out, err = command("fit", "--data", zoo, "--dry-run", *small, "--name", "plan")
+    assert code == 0, err
+    assert f"{len(UNREADABLE)} unreadable images are left out" in err
+    assert "Time     about" in out
+    assert set(Run(tmp_path / "runs" / "plan").config.classes) == {"A", SECOND}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_predicting_them_lists_those_that_cannot_be_read(command, zoo, trained, tmp_path, suffix):
+    out = tmp_path / f"out{suffix}"
+    code, _, err = command("predict", zoo, "--run", trained.path, "--out", out)
+    assert code == 1
+    assert f"Unreadable, left out ({len(UNREADABLE)})" in err
+    paths = set(find_images([zoo]))
+    missing = paths - PredictionFile(out, Predictor.load(trained).columns, resume=True).done
+    assert {Path(path).name for path in missing} == set(UNREADABLE)
+    code, said, _ = command("predict", zoo / "A", "--run", trained.path, "--out", out, "--resume")
+    assert code == 1
+    assert "were there already" in said
+
+
+def test_predictions_of_odd_names_are_shown(command, zoo, trained):
+    code, out, err = command("predict", *(zoo / "A" / n for n in NAMES), "--run", trained.path)
+    assert code == 0, err
+    assert f"{len(NAMES)} images predicted" in out
+
+
+def test_a_stream_goes_on_past_what_cannot_be_read(zoo, trained):
+    names = [*UNREADABLE, *READABLE]
+    batches = list(Predictor.load(trained).stream(zoo / "A" / name for name in names))
+    assert [Path(p).name for b in batches for p in b.unreadable] == list(UNREADABLE)
+    assert [Path(p).name for b in batches for p in b.table.path] == list(READABLE)

@@ -191,12 +191,15 @@ def test_an_onnx_file_that_answers_otherwise_is_not_kept(
 def test_onnx_needs_its_packages_and_images(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
-        with pytest.raises(BloodcellError, match=r"onnxscript.*\n.*bloodcell-fastai\[export\]"):
+        with pytest.raises(
+            BloodcellError,
+            match=r"ONNX export needs the package onnxscript.*\n.*bloodcell-fastai\[export\]",
+        ):
             export_run(run, "onnx", tmp_path)
     pytest.importorskip("onnxscript")
     gone = Run(shutil.copytree(run.path, tmp_path / "gone"))
     gone.start(gone.config, gone.table.assign(path="/nowhere.jpg"))
-    with pytest.raises(BloodcellError, match="images of gone are gone"):
+    with pytest.raises(BloodcellError, match="The validation images of gone are gone"):
         export_run(gone, "onnx")
     assert export_run(gone, "timm") == gone.path / "export" / "timm"
 
@@ -431,7 +434,9 @@ def test_a_push_that_cannot_be(run, tmp_path, monkeypatch):
         with pytest.raises(BloodcellError, match="--push-to-hub") as refused:
             export_run(run, format, tmp_path / "out", name)
         assert refused.value.exit_code == 2
-    with pytest.raises(BloodcellError, match="Hub did not take me/cells") as refused:
+    with pytest.raises(
+        BloodcellError, match="The Hugging Face Hub did not take me/cells"
+    ) as refused:
         export_run(run, "timm", tmp_path / "out", "me/cells")
     assert "hf auth whoami" in refused.value.hint
     assert (tmp_path / "out" / "model.safetensors").is_file()
