@@ -3,6 +3,8 @@
 torch and fastai take seconds to import, so every command imports what it needs when it runs.
 """
 
+import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +20,7 @@ from typer import Abort
 from typer.exceptions import TyperException
 
 from .config import Config
-from .errors import BloodcellError, disk_error, usage_error
+from .errors import BloodcellError, disk_error, printable, usage_error
 from .reporter import Reporter
 
 if TYPE_CHECKING:
@@ -27,14 +29,24 @@ if TYPE_CHECKING:
     from .serving.inference import Outcome
     from .training.runs import Run
 
+
+class PlainConsole(Console):
+    """A console that shows text as it is: names of files hold no markup and give no orders."""
+
+    def render_str(self, text: str, **options) -> Text:
+        """Text without markup, emoji codes and control characters."""
+        options |= {"markup": False, "emoji": False}
+        return super().render_str(printable(text), **options)
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+console = PlainConsole(highlight=False, soft_wrap=True)
+errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 DEFAULTS = Config()
 MOST_ROWS = 50  # of a table in the terminal
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -84,7 +96,7 @@ def describe_data(
     console.print(f"Original photographs beside them: {len(dataset.originals):,}")
     console.print(f"Unreadable files: {len(dataset.unreadable):,}")
     for path in dataset.unreadable:
-        console.print(f"  {path}")
+        console.print("  " + str(path).replace("\n", "\\n"))
     save_figure(contact_sheet(dataset.table), out)
     console.print(f"Contact sheet: {out}")
 
@@ -222,7 +234,7 @@ def interpret(
 
     chosen = Run.open(run, runs)
     console.print(summarise(interpret_run(chosen), chosen.config))
-    console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/")
+    console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/index.html")
 
 
 @app.command()
@@ -253,15 +265,16 @@ def predict(
     images = find_images(paths, sys.stdin)
     outcome = predict(predictor, images, out, resume, TerminalReporter().progress)
     if outcome.table is not None:
-        shown = outcome.table.drop(columns=["distance", "nearest"], errors="ignore")
+        shown = outcome.table[["path", "predicted", "confidence", "flag"]]
         _print_table(shown.head(MOST_ROWS), "Predictions")
         if len(shown) > MOST_ROWS:
-            console.print(f"{len(shown) - MOST_ROWS:,} more: write them all with --out FILE.csv")
+            console.print(f"{len(shown) - MOST_ROWS:,} more rows.")
+        console.print("All rows and the probability of every class: --out FILE.csv")
     console.print(_count_predictions(outcome, out))
     if outcome.unreadable:
         errors.print(f"Unreadable, left out ({len(outcome.unreadable):,}):")
         for path in outcome.unreadable:
-            errors.print(Text(f"  {path}"))
+            errors.print("  " + path.replace("\n", "\\n"))
         raise typer.Exit(1)
 
 
@@ -283,6 +296,26 @@ def export(
     from .training.runs import Run
 
     export_run(Run.open(run, runs), format, out, push_to_hub, TerminalReporter())
+
+
+@app.command()
+def serve(
+    run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 opens it to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 7860,
+    min_confidence: Annotated[
+        float, typer.Option(help="Flag images below it for a person to look at, 0 to 1.")
+    ] = 0.5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Open a web page and an HTTP endpoint that tell the class of images."""
+    from .serving.app import serve
+    from .training.runs import Run
+
+    serve(Run.open(run, runs), host, port, min_confidence, device, TerminalReporter())
 
 
 def _print_results(run: "Run") -> None:
@@ -368,10 +401,13 @@ def _learning_rate(text: str) -> float:
 
 
 def main() -> None:
-    """Run the command line; a BloodcellError becomes two lines and an exit code."""
+    """Run the command line; whatever goes wrong becomes two lines and an exit code."""
     # fastai and torch warn about their own insides, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are listed
+    warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
+    _accept_any_name()
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -396,13 +432,40 @@ def main() -> None:
         code = _show_error(
             BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", INTERRUPTED)
         )
+    except BrokenPipeError:  # the reader has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if debug:
+            raise
+        code = _show_error(_unexpected(error))
     raise SystemExit(code)
 
 
+def _accept_any_name() -> None:
+    """Names of files may be in any encoding, and the terminal's may lack their letters."""
+    for stream, errors_mode in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        with contextlib.suppress(AttributeError, ValueError):  # not a file, or closed
+            stream.reconfigure(errors=errors_mode)
+
+
+def _unexpected(error: Exception) -> BloodcellError:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return BloodcellError(
+        f"Unexpected: {type(error).__name__}" + (f": {reason}" if reason else "."),
+        "Run it again as bloodcell --debug ... and report what it shows.",
+    )
+
+
 def _show_error(error: BloodcellError) -> int:
-    errors.print(Text(f"Error: {error.message}", style="bold red"))
-    if error.hint:
-        errors.print(Text(f"Hint:  {error.hint}"))
+    message, hint = (text.replace("\n", "\\n") for text in (error.message, error.hint))
+    errors.print(Text(printable(f"Error: {message}"), style="bold red"))
+    if hint:
+        errors.print(Text(printable(f"Hint:  {hint}")))
     return error.exit_code
 
 

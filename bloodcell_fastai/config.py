@@ -1,13 +1,11 @@
 """Every choice of a run in one place: checked when made, saved as JSON beside the results."""
 
-import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
 from .errors import BloodcellError, usage_error
-from .files import write_json
+from .files import read_json, write_json
 
 DEFAULT_ARCH = "maxvit_nano_rw_256.sw_in1k"
 SPLITS = ("photo", "official", "random")
@@ -66,6 +64,12 @@ class Config:
     def __post_init__(self):
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
+        if self.batch_size * self.size**2 > MAX_BATCH_PIXELS:
+            raise usage_error(
+                f"batch_size is {self.batch_size}, which no memory holds at {self.size} px.",
+                "Use a smaller --batch-size or --size.",
+            )
+        _check_classes(self.classes)
         if self.split not in SPLITS:
             raise usage_error(f"split is {self.split!r}.", f"Use one of: {', '.join(SPLITS)}.")
         if self.compile not in COMPILE:
@@ -98,17 +102,13 @@ class Config:
             BloodcellError: the file is missing, is not JSON, or a field is unknown or of the
                 wrong type.
         """
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise BloodcellError(f"{path} is missing.", "Is this the folder of a run?") from None
-        except ValueError as error:
-            raise BloodcellError(f"{path} is not JSON: {error}.", "Was it edited?") from None
-        if not isinstance(values, dict):
-            raise BloodcellError(f"{path} holds no table of options.", "Was it edited?")
+        values = read_json(path, "Is this the folder of a run, as fit wrote it?")
         return cls(**{name: _typed(name, value, path) for name, value in values.items()})
 
+
+MAX_BATCH_PIXELS = 2**32  # 39 GB as float32 numbers
+LONGEST_TEXT = 4096  # characters; so long may a path be on Linux
+MOST_ENTRIES = 1000
 
 _RANGES = (
     ("size", 32, 4096),
@@ -131,11 +131,23 @@ _RANGES = (
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # NaN too
         option = "--" + name.replace("_", "-")
         raise usage_error(
-            f"{name} is {value}, which makes no sense.", f"Give {option} from {low} to {high}."
+            f"{name} is {str(value)[:40]}, which makes no sense.",
+            f"Give {option} from {low} to {high}.",
         )
+
+
+def _check_classes(classes: tuple[str, ...]) -> None:
+    """Classes are names of folders, each of them once."""
+    if len(set(classes)) < len(classes):
+        raise usage_error("classes holds a name twice.", "Was the config edited?")
+    for name in classes:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise usage_error(
+                f"classes holds {name!r}, which is no name of a folder.", "Was the config edited?"
+            )
 
 
 def _typed(name: str, value: object, path: Path) -> object:
@@ -143,9 +155,15 @@ def _typed(name: str, value: object, path: Path) -> object:
     if name not in {field.name for field in fields(Config)}:
         raise BloodcellError(f"{path}: unknown option {name!r}.", "Was it edited?")
     expected = get_type_hints(Config)[name]
-    if expected == tuple[str, ...]:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif type(value) is expected or (expected is float and type(value) is int):
-        return value
-    raise BloodcellError(f"{path}: {name} has the wrong type: {value!r}.", "Was it edited?")
+    texts = value if expected == tuple[str, ...] else [value]
+    if isinstance(texts, list) and len(texts) <= MOST_ENTRIES:
+        for text in texts:
+            if isinstance(text, str) and (len(text) > LONGEST_TEXT or "\0" in text):
+                raise BloodcellError(f"{path}: {name} is no sensible text.", "Was it edited?")
+        if expected == tuple[str, ...]:
+            if all(isinstance(item, str) for item in texts):
+                return tuple(texts)
+        elif type(value) is expected or (expected is float and type(value) is int):
+            return value
+    shown = repr(value)
+    raise BloodcellError(f"{path}: {name} has the wrong type: {shown[:80]}.", "Was it edited?")

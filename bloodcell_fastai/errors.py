@@ -39,3 +39,16 @@ def _hint(error: OSError) -> str:
 def usage_error(message: str, hint: str = "") -> BloodcellError:
     """A :class:`BloodcellError` for an argument that cannot be right (exit code 2)."""
     return BloodcellError(message, hint, exit_code=2)
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether a value read from JSON is a number, no truth value, from ``low`` to ``high``."""
+    return type(value) in (int, float) and low <= value <= high
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters and bytes that are no text written as escapes.
+
+    File names come from strangers, and a terminal obeys what it is shown. Line breaks stay.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

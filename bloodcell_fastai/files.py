@@ -1,12 +1,21 @@
-"""Writing files so that a kill at any moment leaves the previous good one."""
+"""Files: written so that a kill at any moment leaves the previous good one, read with suspicion."""
 
+import codecs
+import csv
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BloodcellError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNFINISHED = ".tmp-"  # how the name of everything begins that is not complete
 
@@ -88,14 +97,80 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8, atomically."""
+    """Write ``text`` to ``path`` as UTF-8, atomically; names of files may be in any encoding."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_table(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table to ``path`` as CSV, atomically."""
+    text = table.to_csv(index=False)
+    if "\r" in text:  # in the name of a file; unquoted it would end the row
+        text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+    write_text(path, text)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` to ``path`` as indented JSON, atomically. NaN is refused, not written."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, hint: str = "Was it edited?") -> dict:
+    """The table of values a JSON file holds.
+
+    Raises:
+        BloodcellError: the file is missing, is no JSON, or holds something else than a table.
+    """
+    try:
+        values = json.loads(_read_bytes(path, hint))
+    except (ValueError, RecursionError) as error:
+        raise BloodcellError(f"{path} is not JSON: {error}.", hint) from None
+    if not isinstance(values, dict):
+        raise BloodcellError(f"{path} holds no table of values.", hint)
+    return values
+
+
+def read_table(
+    path: Path, columns: Sequence[str], numbers: Sequence[str] = (), hint: str = "Was it edited?"
+) -> "pd.DataFrame":
+    """The table of a CSV file, all of it text but the columns ``numbers``.
+
+    Raises:
+        BloodcellError: the file is missing or no CSV; a column of ``columns`` or ``numbers`` is
+            missing, a row too short or too long, a number none.
+    """
+    import pandas as pd
+
+    content = _read_bytes(path, hint)
+    if b"\0" in content:  # which no name can hold
+        raise BloodcellError(f"{path} is not a CSV table: it holds zero bytes.", hint)
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    try:
+        header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
+    except (csv.Error, ValueError) as error:
+        raise BloodcellError(f"{path} is not a CSV table: {error}.", hint) from None
+    for name in (*columns, *numbers):
+        if header.count(name) != 1:
+            raise BloodcellError(f"{path} has {header.count(name)} columns {name}.", hint)
+    if any(len(row) != len(header) for row in rows):
+        raise BloodcellError(f"{path} has rows of another length than its header.", hint)
+    table = pd.DataFrame(rows, columns=header, dtype=str)
+    for name in numbers:
+        try:
+            table[name] = pd.to_numeric(table[name])
+            is_number = table[name].dtype.kind in "if" or table.empty
+        except (ValueError, TypeError, OverflowError):
+            is_number = False
+        if not is_number:
+            raise BloodcellError(f"{path}: a value of {name} is no number.", hint)
+    return table
+
+
+def _read_bytes(path: Path, hint: str) -> bytes:
+    path = Path(path)
+    if not path.is_file():
+        raise BloodcellError(f"{path} is missing.", hint)
+    return path.read_bytes()
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -1,6 +1,14 @@
 """How the library tells what it is doing; the command line dresses it up."""
 
 import sys
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)`` while something long goes on."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The :data:`Progress` that shows nothing."""
 
 
 class Reporter:

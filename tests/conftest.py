@@ -12,8 +12,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from bloodcell_fastai import Config, Run, interpret_run, train
 from bloodcell_fastai.data.dataset import Dataset, open_dataset, read_folder
 from bloodcell_fastai.data.smears import make_demo
+from bloodcell_fastai.reporter import Reporter
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -69,6 +71,24 @@ def real_data(tmp_path_factory) -> Dataset:
     if not source:
         pytest.skip("BLOODCELL_DATA does not name the Kaggle data set")
     return open_dataset(source, home=tmp_path_factory.mktemp("kaggle"))
+
+
+class Silent(Reporter):
+    """Says nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, demo_root) -> Run:
+    """A run with every file it can have; copy it before changing any."""
+    config = Config(
+        data=str(demo_root), arch="resnet18", weights="none", size=64, epochs=1, batch_size=16
+    )
+    run = train(config, tmp_path_factory.mktemp("runs"), "trained", reporter=Silent())
+    interpret_run(run)
+    return run
 
 
 @pytest.fixture

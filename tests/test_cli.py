@@ -10,7 +10,7 @@ from PIL import Image
 
 from bloodcell_fastai import Config
 
-COMMANDS = ["data", "audit", "fit", "interpret", "predict", "export"]
+COMMANDS = ["data", "audit", "fit", "interpret", "predict", "export", "serve"]
 LITE0 = "tf_efficientnet_lite0"
 
 
@@ -57,7 +57,7 @@ def test_from_images_to_report(bloodcell, demo_root, lite0_weights, tmp_path):
     assert "precision" in done.stdout
     for name in (
         *("config.json", "split.csv", "history.csv", "model.safetensors", "predictions.csv"),
-        *("metrics.json", "report/confusion_matrix.png", "report/curves.png"),
+        *("metrics.json", "report/index.html", "report/confusion_matrix.png", "report/curves.png"),
         *("report/top_losses.png", "report/classification_report.txt"),
     ):
         assert (run / name).stat().st_size > 0, name

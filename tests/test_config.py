@@ -37,7 +37,7 @@ def test_nonsense_is_refused_by_name(wrong):
     ("text", "message"),
     [
         ("not json", "is not JSON"),
-        ("[1]", "no table of options"),
+        ("[1]", "no table of values"),
         (json.dumps({"epoch": 3}), "unknown option 'epoch'"),
         (json.dumps({"epochs": "3"}), "epochs has the wrong type"),
         (json.dumps({"epochs": True}), "epochs has the wrong type"),

@@ -21,7 +21,7 @@ from ..data.provenance import (
 )
 from ..data.splits import leakage, split_table
 from ..errors import BloodcellError
-from ..files import write_json, write_text
+from ..files import write_json, write_table
 from ..training.runs import Run
 from .figures import plot_siblings, save_figure
 
@@ -151,7 +151,7 @@ def write_audit(result: Audit, out: Path, root: Path) -> list[Path]:
     photos = result.table[["path", "photo"]].assign(
         path=[Path(path).relative_to(root).as_posix() for path in result.table.path]
     )
-    write_text(out / "photos.csv", photos.to_csv(index=False))
+    write_table(out / "photos.csv", photos)
     write_json(out / "audit.json", result.summary)
     written = [out / "photos.csv", out / "audit.json"]
     if result.rebuilt:  # in the form of the table that ships for Kaggle's set

@@ -20,6 +20,7 @@ from ..training.calibration import (
 )
 
 BOOTSTRAP_SAMPLES = 2000
+CONFIDENCES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 class Evaluation:
@@ -151,6 +152,7 @@ def compute_metrics(evaluation: Evaluation) -> dict:
         "classes": list(classes),
         "confusion_matrix": evaluation.confusion_matrix.tolist(),
         "per_class": per_class,
+        "coverage": coverage(evaluation),
     }
 
 
@@ -164,8 +166,13 @@ def by_photo(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def class_metrics(evaluation: Evaluation) -> dict[str, dict]:
-    """precision, recall, f1, support, specificity and auroc (one against the rest) per class."""
+    """precision, recall, f1, support, specificity and auroc (one against the rest) per class.
+
+    ``support`` counts images and ``photos`` photographs; the scores have their 95 % interval
+    beside them, as ``recall_ci95``.
+    """
     table, classes = evaluation.predictions, evaluation.classes
+    photos, intervals = table.groupby("label").photo.nunique(), class_intervals(evaluation)
     matrix = evaluation.confusion_matrix
     scores = precision_recall_fscore_support(
         table.label, table.predicted, labels=classes, zero_division=0
@@ -181,14 +188,98 @@ def class_metrics(evaluation: Evaluation) -> dict[str, dict]:
             "recall": float(recall) if support else None,
             "f1": float(f1) if support else None,
             "support": int(support),
+            "photos": int(photos.get(name, 0)),
             "specificity": float(1 - false_positives / negatives) if negatives else None,
             "auroc": (
                 float(roc_auc_score(is_class, table[f"p_{name}"]))
                 if 0 < is_class.sum() < len(table)
                 else None
             ),
-        }
+        } | intervals[name]
     return result
+
+
+def class_intervals(evaluation: Evaluation) -> dict[str, dict]:
+    """95 % intervals of the scores of each class, from resampled photographs.
+
+    As :func:`bootstrap_ci`. A resample in which a score is not defined, such as the recall of a
+    class without images, is left out of that score; None if there is no other.
+    """
+    table, classes = evaluation.predictions, evaluation.classes
+    photos = table.photo.factorize()[0]
+    drawn = resample_photos(photos.max() + 1)
+    true, predicted = evaluation.labels, pd.Index(classes).get_indexer(table.predicted)
+    per_photo = np.zeros((drawn.shape[1], len(classes), len(classes)))
+    np.add.at(per_photo, (photos, true, predicted), 1)
+    matrices = np.tensordot(drawn, per_photo, 1)  # (resamples, true classes, predicted classes)
+    hits = np.einsum("rcc->rc", matrices)
+    actual, said = matrices.sum(2), matrices.sum(1)
+    others = actual.sum(1, keepdims=True) - actual
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: not defined
+        scores = {
+            "precision": hits / said,
+            "recall": hits / actual,
+            "f1": np.where(actual > 0, 2 * hits / (said + actual), np.nan),
+            "specificity": 1 - (said - hits) / others,
+            "auroc": np.stack(
+                [
+                    _resampled_auroc(table[f"p_{name}"].to_numpy(), true == index, photos, drawn)
+                    for index, name in enumerate(classes)
+                ],
+                axis=1,
+            ),
+        }
+    return {
+        name: {f"{score}_ci95": _interval(values[:, index]) for score, values in scores.items()}
+        for index, name in enumerate(classes)
+    }
+
+
+def _resampled_auroc(
+    score: np.ndarray, is_class: np.ndarray, photos: np.ndarray, drawn: np.ndarray
+) -> np.ndarray:
+    """The area under the ROC curve in each resample, float64 (resamples,).
+
+    It is the share of pairs of a positive and a negative in which the positive has the higher
+    score, ties counting half. How many negatives are below a positive changes from resample to
+    resample only by how often each negative counts: one running sum in the order of the scores.
+    """
+    order = np.argsort(score[~is_class])
+    negatives, positives = score[~is_class][order], score[is_class]
+    below = np.searchsorted(negatives, positives, "left")
+    not_above = np.searchsorted(negatives, positives, "right")
+    areas = []
+    for counts in np.array_split(drawn, 16):  # all at once would take gigabytes
+        weights = counts[:, photos[is_class]]
+        sums = np.pad(counts[:, photos[~is_class][order]].cumsum(axis=1), ((0, 0), (1, 0)))
+        won = (weights * (sums[:, below] + sums[:, not_above])).sum(axis=1) / 2
+        areas.append(won / (weights.sum(axis=1) * sums[:, -1]))
+    return np.concatenate(areas)
+
+
+def coverage(evaluation: Evaluation) -> list[dict]:
+    """What answering only from a confidence on buys, and what it costs (selective prediction,
+    El-Yaniv and Wiener 2010).
+
+    Returns:
+        For each ``min_confidence``: ``coverage``, the share of the images that reach it,
+        ``n_images`` of them, and their ``accuracy`` with ``accuracy_ci95``, None without images.
+    """
+    table = evaluation.predictions
+    rows = []
+    for threshold in CONFIDENCES:
+        kept = table[table.confidence >= threshold]
+        correct = (kept.label == kept.predicted).to_numpy()
+        rows.append(
+            {
+                "min_confidence": threshold,
+                "coverage": len(kept) / len(table),
+                "n_images": len(kept),
+                "accuracy": float(correct.mean()) if len(kept) else None,
+                "accuracy_ci95": bootstrap_ci(correct, kept.photo) if len(kept) else None,
+            }
+        )
+    return rows
 
 
 def bootstrap_ci(correct: np.ndarray, photos: pd.Series, seed: int = 0) -> list[float]:
@@ -208,15 +299,31 @@ def bootstrap_ci(correct: np.ndarray, photos: pd.Series, seed: int = 0) -> list[
     """
     totals = pd.DataFrame({"right": correct, "photo": photos.to_numpy()}).groupby("photo").right
     right, count = totals.sum().to_numpy(), totals.count().to_numpy()
+    drawn = resample_photos(len(right), seed)
+    return _interval((drawn @ right) / (drawn @ count))
+
+
+def resample_photos(n_photos: int, seed: int = 0) -> np.ndarray:
+    """How often each photograph is drawn, which is all that counts: int64 (resamples, photos)."""
     rng = np.random.default_rng(seed)
-    # How often each photograph is drawn is all that counts: one multinomial per resample.
-    drawn = rng.multinomial(len(right), np.full(len(right), 1 / len(right)), BOOTSTRAP_SAMPLES)
-    shares = (drawn @ right) / (drawn @ count)
-    return [float(bound) for bound in np.percentile(shares, [2.5, 97.5])]
+    return rng.multinomial(n_photos, np.full(n_photos, 1 / n_photos), BOOTSTRAP_SAMPLES)
+
+
+def _interval(values: np.ndarray) -> list[float] | None:
+    """The middle 95 % of resampled values without the NaN among them; None if all are."""
+    defined = values[~np.isnan(values)]
+    return [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
 
 
 def uncalibrated_error(evaluation: Evaluation) -> float | None:
-    """The expected calibration error without the temperature; None if there is no single one.
+    """The expected calibration error without the temperature; None if there is no single one."""
+    probabilities = uncalibrated(evaluation)
+    return None if probabilities is None else probability_error(probabilities, evaluation.labels)
+
+
+def uncalibrated(evaluation: Evaluation) -> np.ndarray | None:
+    """The probabilities without the temperature, float64 (images, classes); None if there is no
+    single one.
 
     Logarithms of probabilities are logits less a number of each image's own, which the softmax
     does not see: multiplied by the temperature they give the model's own probabilities back.
@@ -224,8 +331,7 @@ def uncalibrated_error(evaluation: Evaluation) -> float | None:
     if evaluation.temperature is None:
         return None
     logits = np.log(np.maximum(evaluation.probabilities, np.finfo(float).tiny))
-    labels = evaluation.labels
-    return probability_error(softmax(logits * evaluation.temperature), labels)
+    return softmax(logits * evaluation.temperature)
 
 
 def brier_score(evaluation: Evaluation) -> float:

@@ -16,7 +16,6 @@ from torch import nn
 
 from ..data.blocks import image_dls
 from ..errors import BloodcellError
-from ..training.learner import timm_model
 
 BATCH_SIZE = 16  # gradients need several times the memory of a prediction
 COLOURS = "inferno"  # its lightness rises evenly, so that it reads the same in grey
@@ -49,24 +48,43 @@ def heat_maps(
         BloodcellError: the architecture has no features with a place in the image.
         OSError: an image cannot be read.
     """
+    return network_heat_maps(learn.model, learn.arch, learn.size, paths, targets)
+
+
+def network_heat_maps(
+    network: nn.Sequential,
+    arch: str,
+    size: int,
+    paths: Sequence[str | Path],
+    targets: Sequence[int] | None = None,
+) -> np.ndarray:
+    """:func:`heat_maps` without a learner.
+
+    Args:
+        network: ``TimmBody`` and ``TimmHead`` of one timm model, as a learner's ``model`` is.
+        arch: its architecture, whose normalisation it expects.
+        size: side of its input, in pixels.
+        paths: see :func:`heat_maps`.
+        targets: see :func:`heat_maps`.
+    """
     if not len(paths):
-        return np.empty((0, learn.size, learn.size), np.float32)
+        return np.empty((0, size, size), np.float32)
     images = image_dls(
         paths,
-        learn.arch,
-        learn.size,
+        arch,
+        size,
         BATCH_SIZE,
-        device=next(learn.model.parameters()).device,
+        device=next(network.parameters()).device,
     )
     tap = nn.Identity()
     maps = []
-    with _tapped(learn, tap), _evaluating(learn.model):
+    with _evaluating(network), _tapped(network, tap):
         for (batch,) in images.valid:
             chosen = None
             if targets is not None:
                 done = sum(map(len, maps))
                 chosen = torch.as_tensor(targets[done : done + len(batch)], device=batch.device)
-            maps.append(_grad_cam(learn, tap, batch, chosen))
+            maps.append(_grad_cam(network, tap, batch, chosen))
     return torch.cat(maps).numpy()
 
 
@@ -90,12 +108,12 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def _grad_cam(
-    learn: Learner, tap: nn.Module, batch: torch.Tensor, targets: torch.Tensor | None
+    network: nn.Module, tap: nn.Module, batch: torch.Tensor, targets: torch.Tensor | None
 ) -> torch.Tensor:
     """Maps of a batch, float32 (n, size, size) on the CPU."""
     # The images ask for gradients, or a frozen body would give none to the tap.
     images = batch.detach().as_subclass(torch.Tensor).requires_grad_()
-    score = learn.model if targets is not None else lambda x: learn.model(x).max(dim=1).values
+    score = network if targets is not None else lambda x: network(x).max(dim=1).values
     heat = LayerGradCam(score, tap).attribute(images, targets, relu_attributions=True).detach()
     heat = LayerAttribution.interpolate(heat, images.shape[2:], interpolate_mode="bilinear")
     heat = heat[:, 0].float()
@@ -104,9 +122,9 @@ def _grad_cam(
 
 
 @contextmanager
-def _tapped(learn: Learner, tap: nn.Module) -> Iterator[None]:
+def _tapped(network: nn.Sequential, tap: nn.Module) -> Iterator[None]:
     """Lead the features that are explained through ``tap``, as a map (n, c, h, w)."""
-    model = timm_model(learn)
+    model = network[0].model
     lead = partial(_lead_through, tap, model)
     if getattr(model, "global_pool", "") == "token":
         # The body's other outputs are dropped: no gradient would reach them.
@@ -114,7 +132,7 @@ def _tapped(learn: Learner, tap: nn.Module) -> Iterator[None]:
             lambda module, args: (lead(args[0]), *args[1:])
         )
     else:
-        handle = learn.model[0].register_forward_hook(lambda module, args, output: lead(output))
+        handle = network[0].register_forward_hook(lambda module, args, output: lead(output))
     try:
         yield
     finally:

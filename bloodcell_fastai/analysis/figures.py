@@ -4,18 +4,22 @@ Colours are those of Okabe and Ito (2008), which people with colour-blindness ca
 """
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..data.dataset import open_image
 from ..data.provenance import match_pair
+from ..errors import printable
 from ..files import atomic_path
-from .evaluation import Evaluation
+from ..training.calibration import CALIBRATION_BINS, reliability
+from .evaluation import Evaluation, coverage, uncalibrated
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLE = {
@@ -26,20 +30,42 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
+    "text.parse_math": False,  # a name with dollar signs is no formula
 }
+# What figure_svg makes of a figure's colours where a page is dark.
+DARK = {BLUE: "#56B4E9", ORANGE: "#F0882F", GREY: "#A3ACB8"}
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure to ``path``, atomically, in the format of its suffix."""
+    for text in figure.findobj(Text):  # names of files and classes may hold anything
+        text.set_text(printable(text.get_text()))
     with atomic_path(path) as temporary, rc_context(STYLE):
         figure.savefig(temporary)
 
 
-def plot_history(history: pd.DataFrame) -> Figure:
+def figure_svg(figure: Figure) -> str:
+    """A figure as the text of an SVG file, transparent, for light pages and for dark ones.
+
+    Black becomes the colour of the text, and the colours of this module have a lighter twin.
+    """
+    text = StringIO()
+    with rc_context(STYLE | {"svg.hashsalt": "bloodcell"}):  # the same figure, the same text
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue().replace("#000000", "currentColor")
+    dark = "color: #e7eaee; fill: #e7eaee;"
+    for number, (light, twin) in enumerate(DARK.items()):
+        svg = svg.replace(light.lower(), f"var(--c{number}, {light})")
+        dark += f" --c{number}: {twin};"
+    style = f"<style>@media screen and (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
+    return svg.replace("<defs>", f"{style}<defs>", 1)
+
+
+def plot_history(history: pd.DataFrame, names: Sequence[str] = ("loss", "accuracy")) -> Figure:
     """Loss and accuracy per epoch, training against validation; the kept epoch is marked."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 3.2))
-        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        figure = Figure(figsize=(4 * len(names), 3.2))
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             for part, colour, label in (
                 ("train", BLUE, "training"),
                 ("valid", ORANGE, "validation"),
@@ -59,8 +85,9 @@ def plot_history(history: pd.DataFrame) -> Figure:
             axes.set(xlabel="Epoch", ylabel=name.capitalize())
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend(loc="lower right")
+            if name == "accuracy":
+                axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend()
     return figure
 
 
@@ -112,6 +139,77 @@ def plot_top_losses(evaluation: Evaluation, k: int = 9) -> Figure:
         ],
         columns=3,
     )
+
+
+def plot_reliability(evaluation: Evaluation) -> Figure:
+    """How often the model is right where it is so and so sure, and how many images that is.
+
+    On the diagonal confidence can be taken at its word; below it the model is too sure. Where
+    the probabilities are calibrated, a paler line shows them as they were before.
+    """
+    table = evaluation.predictions
+    correct = (table.label == table.predicted).to_numpy()
+    bins, before = reliability(table.confidence.to_numpy(), correct), uncalibrated(evaluation)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 4.4))
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="as sure as right")
+        if calibrated := evaluation.temperature not in (None, 1):
+            raw = reliability(before.max(axis=1), correct)
+            upper.plot(raw.confidence, raw.accuracy, "o-", ms=4, lw=1, color=ORANGE, alpha=0.6)
+            upper.lines[-1].set_label("before calibration")
+        label = "calibrated" if calibrated else "this model"
+        upper.plot(bins.confidence, bins.accuracy, "o-", ms=5, color=BLUE, label=label)
+        upper.set(ylabel="Accuracy", xlim=(0, 1), ylim=(-0.02, 1.02))
+        upper.legend(loc="upper left")
+        lower.bar(
+            (bins.index + 0.5) / CALIBRATION_BINS, bins.images, 0.85 / CALIBRATION_BINS, color=BLUE
+        )
+        lower.set(xlabel="Confidence", ylabel="Images")
+        lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        for axes in (upper, lower):
+            axes.grid(alpha=0.25)
+        upper.yaxis.set_major_formatter(PercentFormatter(1))
+        lower.xaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def plot_coverage(evaluation: Evaluation) -> Figure:
+    """Accuracy on the images the model is surest of, against their share of all images.
+
+    Marked are thresholds of confidence, with the 95 % interval from resampled photographs.
+    """
+    surest = evaluation.predictions.sort_values("confidence", ascending=False, kind="stable")
+    accuracy = (surest.label == surest.predicted).expanding().mean().to_numpy()
+    share = np.arange(1, len(surest) + 1) / len(surest)
+    # A threshold cannot part images of one confidence.
+    ends = np.append(np.diff(surest.confidence) != 0, True)
+    ends[: max(1, len(surest) // 50)] &= len(surest) < 50  # a few images make a wild line
+    shown = np.flatnonzero(ends)[np.unique(np.linspace(0, ends.sum() - 1, 300).astype(int))]
+    marks = [row for row in coverage(evaluation) if row["min_confidence"] and row["n_images"]]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 4.4))
+        axes = figure.subplots()
+        axes.plot(share[shown], accuracy[shown], color=BLUE)
+        labelled = np.inf
+        for row in marks:
+            x, y = row["coverage"], row["accuracy"]
+            axes.vlines(x, *row["accuracy_ci95"], color=BLUE, alpha=0.35, lw=3)
+            axes.plot(x, y, "o", ms=6, color=ORANGE)
+            if labelled - x > 0.07:  # else the labels would lie on each other
+                axes.annotate(
+                    f"{row['min_confidence']:g}",
+                    (x, y),
+                    xytext=(5, 6),
+                    textcoords="offset points",
+                    color=ORANGE,
+                )
+                labelled = x
+        axes.set(xlabel="Share of the images answered", ylabel="Accuracy on these", xlim=(0, 1.04))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.25)
+    return figure
 
 
 def plot_siblings(pairs: Sequence[tuple[str, str]], matches: int = 30) -> Figure:

@@ -1,9 +1,9 @@
 """``bloodcell interpret`` and its notebook twin: what a model gets right, and what it does not."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastai.vision.all import Learner
 from matplotlib.figure import Figure
@@ -12,8 +12,8 @@ from ..config import Config
 from ..data.blocks import config_dls
 from ..data.provenance import with_photos
 from ..data.splits import photos_known
-from ..errors import BloodcellError
-from ..files import write_json, write_text
+from ..errors import BloodcellError, is_number
+from ..files import read_json, read_table, write_json, write_table, write_text
 from ..training.calibration import Reference, calibrate
 from ..training.callbacks import use_progress
 from ..training.learner import blood_learner
@@ -21,6 +21,7 @@ from ..training.runs import Run
 from ..training.workflow import describe_leakage
 from . import figures
 from .evaluation import Evaluation, evaluate
+from .report import write_report
 
 
 class Interpretation(Evaluation):
@@ -91,8 +92,8 @@ def interpret_run(run: Run) -> Interpretation:
     """Score a run's model on its validation images and write the results into its folder.
 
     Its probabilities are calibrated; a run from before there was a calibration is given one.
-    Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the classification report
-    and the figures.
+    Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the page ``index.html``, the
+    classification report and the figures.
 
     Raises:
         BloodcellError: the run has no model yet, or its images are gone.
@@ -102,7 +103,7 @@ def interpret_run(run: Run) -> Interpretation:
     calibration = run.calibration or calibrate(learn, run)  # older runs have none
     result = _interpretation(evaluate(learn, calibration.temperature))
     result.predictions = with_nearest(result, run.reference)
-    write_results(run, result)
+    write_results(run, result, learn)
     return result
 
 
@@ -114,9 +115,9 @@ def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
     return evaluation.predictions.assign(distance=distances, nearest=nearest)
 
 
-def write_results(run: Run, result: Interpretation) -> None:
-    """Write the files of :func:`interpret_run`."""
-    write_text(run.path / "predictions.csv", result.predictions.to_csv(index=False))
+def write_results(run: Run, result: Interpretation, learn: Learner | None = None) -> None:
+    """Write the files of :func:`interpret_run`; without the learner the page has no heat maps."""
+    write_table(run.path / "predictions.csv", result.predictions)
     write_json(run.path / "metrics.json", result.metrics)
     write_text(run.report / "classification_report.txt", result.classification_report())
     pictures = {
@@ -127,6 +128,7 @@ def write_results(run: Run, result: Interpretation) -> None:
         pictures["curves"] = figures.plot_history(history)
     for name, figure in pictures.items():
         figures.save_figure(figure, run.report / f"{name}.png")
+    write_report(run, result, learn)
 
 
 def read_results(run: Run) -> Interpretation:
@@ -135,16 +137,61 @@ def read_results(run: Run) -> Interpretation:
     Raises:
         BloodcellError: the run was not interpreted yet.
     """
-    try:
-        metrics = json.loads((run.path / "metrics.json").read_text())
-        predictions = pd.read_csv(run.path / "predictions.csv", dtype={"photo": str})
-    except FileNotFoundError:
-        raise BloodcellError(
-            f"Run {run.name} was not interpreted yet.", f"Run: bloodcell interpret {run.name}"
-        ) from None
+    hint = f"Run: bloodcell interpret {run.name}"
+    files = [run.path / name for name in ("metrics.json", "predictions.csv")]
+    if not all(file.is_file() for file in files):
+        raise BloodcellError(f"Run {run.name} was not interpreted yet.", hint)
+    metrics = read_metrics(run)
+    classes = metrics["classes"]
+    shares = [f"p_{name}" for name in classes]
+    predictions = read_table(files[1], PREDICTED, ["confidence", "loss", *shares], hint)
+    numbers = predictions[["confidence", "loss", *shares]].to_numpy(float)
+    if not len(numbers) or not np.isfinite(numbers).all():
+        raise BloodcellError(f"{files[1]} holds no predictions, or some that are no number.", hint)
+    if "distance" in predictions:
+        predictions["distance"] = pd.to_numeric(predictions["distance"], errors="coerce")
+    for column in ("label", "predicted"):
+        if unknown := set(predictions[column]) - set(classes):
+            raise BloodcellError(f"{files[1]}: {column} is {min(unknown)!r}, not a class.", hint)
     # Results of before the calibration have no temperature: theirs was 1.
     temperature = metrics.get("temperature", 1.0)
-    return Interpretation(predictions, metrics["classes"], metrics["leakage"], temperature)
+    return Interpretation(predictions, tuple(classes), metrics["leakage"], temperature)
+
+
+PREDICTED = ["path", "label", "predicted", "photo"]
+_SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "photo_accuracy")
+
+
+def read_metrics(run: Run) -> dict:
+    """What ``metrics.json`` of a run holds.
+
+    Raises:
+        BloodcellError: it is missing, or a value that others rely on makes no sense.
+    """
+    path, hint = run.path / "metrics.json", f"Run: bloodcell interpret {run.name}"
+    metrics = read_json(path, hint)
+    classes, leakage = metrics.get("classes"), metrics.get("leakage")
+    temperature = metrics.get("temperature", 1.0)
+    sound = {
+        "classes": isinstance(classes, list)
+        and classes
+        and all(isinstance(name, str) for name in classes)
+        and len(set(classes)) == len(classes),
+        "leakage": "leakage" in metrics and (leakage is None or _is_share(leakage)),
+        "temperature": temperature is None or is_number(temperature, 1e-6, 1e6),
+    }
+    sound |= {name: _is_share(metrics.get(name)) for name in _SHARES}
+    for name in ("accuracy_ci95", "photo_accuracy_ci95"):
+        bounds = metrics.get(name)
+        sound[name] = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_share, bounds))
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise BloodcellError(f"{path}: {name} is {str(metrics.get(name))[:80]}.", hint)
+    return metrics
+
+
+def _is_share(value: object) -> bool:
+    return is_number(value, 0, 1)
 
 
 def summarise(result: Interpretation, config: Config) -> str:

@@ -115,11 +115,16 @@ def blood_dls(
         an int64 tensor (bs,).
 
     Raises:
-        BloodcellError: the table has no ``part``, an image of no known class, or an unknown
-            architecture.
+        BloodcellError: the table has no ``part`` or one without images, an image of no known
+            class, or an unknown architecture.
     """
     if "part" not in table:
         raise BloodcellError("The table is not split.", "Call split_table(table) first.")
+    if missing := {"train", "valid"} - set(table.part):
+        raise BloodcellError(
+            f"The table has no images to {min(missing)} with.",
+            "Split it again: split_table(table).",
+        )
     used = table[table.part.isin(["train", "valid"])].reset_index(drop=True)
     classes = list(classes or sorted(set(used.label[used.part == "train"])))
     check_labels(used.label, classes)
@@ -223,7 +228,10 @@ def pick_device(name: str = "auto"):
     if name == "auto":
         return default_device()
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BloodcellError(f"No device {name!r} here: {reason}", "Use --device auto.") from None

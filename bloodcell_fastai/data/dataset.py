@@ -3,18 +3,21 @@
 import os
 import socket
 import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
 from ..errors import BloodcellError
-from ..files import atomic_folder, sole_writer
+from ..files import sole_writer
+from ..reporter import Progress, no_progress
+from .archives import content_key, unpack
 from .smears import make_demo
 
 KAGGLE_HANDLE = "paultimothymooney/blood-cells"
@@ -24,16 +27,14 @@ KAGGLE_COUNTS = {
     "TEST": {"EOSINOPHIL": 623, "LYMPHOCYTE": 620, "MONOCYTE": 620, "NEUTROPHIL": 624},
     "TEST_SIMPLE": {"EOSINOPHIL": 13, "LYMPHOCYTE": 6, "MONOCYTE": 4, "NEUTROPHIL": 48},
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+# What Pillow may take a file for, whatever its suffix says. Of the others some are rare and some
+# dangerous: it hands EPS to Ghostscript, which runs what the file contains.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, above which Pillow suspects a bomb
+SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir"}
 SUBSET_NAMES = {"train", "training", "valid", "val", "validation", "test", "testing", "test_simple"}
 MAX_UNREADABLE_SHARE = 0.05
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, total)`` while something long goes on."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The :data:`Progress` that shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ def read_folder(
         raise BloodcellError(
             f"No images in {root}.", "It should hold one folder of images per class."
         )
+    table, repeated = _without_links(table)
+    if repeated:
+        warnings += (f"{repeated:,} links to images that are in the set anyway are left out.",)
     if table.label.nunique() < 2:
         raise BloodcellError(
             f"Only one class in {root}: {table.label[0]}.",
@@ -154,29 +158,8 @@ def find_originals(root: Path) -> tuple[Path, ...]:
     folders = [root / "dataset-master" / "dataset-master" / "JPEGImages", root / "JPEGImages"]
     for folder in folders:
         if folder.is_dir():
-            return tuple(sorted(path for path in folder.iterdir() if _is_image(path)))
+            return tuple(sorted(path for path in folder.iterdir() if _has_image_name(path)))
     return ()
-
-
-def unpack(archive: Path, target: Path, progress: Progress = no_progress) -> Path:
-    """Unpack a zip into ``target``, which appears only when complete. Returns ``target``.
-
-    Raises:
-        BloodcellError: not a zip, damaged, or a member would land outside the target.
-    """
-    try:
-        with zipfile.ZipFile(archive) as zipped, atomic_folder(target) as folder:
-            members = [member for member in zipped.infolist() if not member.is_dir()]
-            for member in members:
-                _check_member(member, archive)
-            for done, member in enumerate(members, start=1):
-                zipped.extract(member, folder)
-                progress("Unpacking", done, len(members))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise BloodcellError(
-            f"{archive} is not a zip that can be unpacked: {error}.", "Download it again."
-        ) from None
-    return target
 
 
 def download_kaggle() -> Path:
@@ -199,38 +182,90 @@ def download_kaggle() -> Path:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image as a viewer shows it: turned by its EXIF tag, three colours, no alpha.
+    """Read an image as a viewer shows it.
+
+    It is turned by its EXIF tag, in three colours, on white where it is transparent; 16 bits of
+    grey are scaled to 8; of an animation it is the first frame. Colour profiles are not applied.
 
     Raises:
-        OSError: the file is missing, empty, truncated or no image.
+        OSError: the file is missing, empty, truncated, no image, or one that viewers do not agree
+            on (32 bits of grey); or it has more than 89 million pixels.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: {error}") from error
+    with _opened(path) as image:
+        image.load()
+        return _as_shown(_turned(image))
 
 
 def image_size(path: str | Path) -> tuple[int, int] | None:
     """(width, height) in pixels, or None if the image cannot be decoded to its end."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             size = image.size
             # A JPEG decoded at an eighth still reads every byte, in a fraction of the time.
-            image.draft(image.mode, (size[0] // 8, size[1] // 8))
+            image.draft(image.mode, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
             image.load()
             return size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except OSError:
         return None
 
 
+def is_image(path: str | Path) -> bool:
+    """Whether a file begins like an image that can be decoded safely."""
+    try:
+        with _opened(path):
+            return True
+    except OSError:
+        return False
+
+
 def list_folder(folder: Path) -> list[Path]:
-    """Image files below ``folder``, sorted; hidden ones passed over, links not followed."""
+    """Image files below ``folder``, sorted; hidden ones and those of the system passed over.
+
+    Links to files count as files; links to folders are not followed, so that none can lead in a
+    circle or into the folder of another class.
+
+    Raises:
+        BloodcellError: a folder cannot be listed.
+    """
     found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for name in names if _is_image(path := Path(parent, name))]
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [path for name in names if _has_image_name(path := Path(parent, name))]
     return sorted(found)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A file that Pillow knows and that is safe to decode; everything else is an OSError."""
+    if not os.path.isfile(path):  # noqa: PTH113 a pipe would wait for ever; False for any name
+        raise OSError(f"{path}: no such file" if not os.path.lexists(path) else f"{path}: no file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"more than {MAX_PIXELS:,} pixels")
+            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                raise OSError("32 bits of grey have no agreed brightness")
+            yield image
+    except Exception as error:  # on damaged files Pillow's readers raise anything
+        raise OSError(f"{path}: {error}") from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged tag, which viewers pass over
+        return image
+
+
+def _as_shown(image: Image.Image) -> Image.Image:
+    """A loaded image as 8-bit RGB."""
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
 
 
 def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
@@ -238,37 +273,23 @@ def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
         return path
     if not path.exists():
         raise BloodcellError(f"No file or folder {path}.", "Check the path given to --data.")
-    if not zipfile.is_zipfile(path):
+    if not (path.is_file() and zipfile.is_zipfile(path)):
         raise BloodcellError(
             f"{path} is neither a folder nor a zip.", "Give a zip or a folder with classes."
         )
-    target = home / f"{path.stem}-{_content_key(path)}"
+    target = home / f"{path.stem[:100]}-{content_key(path)}"
     if target.is_dir():
         return target
     with sole_writer(home):
         return target if target.is_dir() else unpack(path, target, progress)
 
 
-def _content_key(archive: Path) -> str:
-    """Eight hex digits that name what a zip contains, from its table of contents alone."""
-    with zipfile.ZipFile(archive) as zipped:
-        listing = "".join(f"{m.filename}{m.CRC}" for m in zipped.infolist())
-    return f"{zlib.crc32(listing.encode()):08x}"
-
-
-def _check_member(member: zipfile.ZipInfo, archive: Path) -> None:
-    name = PurePosixPath(member.filename.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
-        raise BloodcellError(
-            f"{archive} would write outside its folder: {member.filename!r}.",
-            "Do not use this archive: it is damaged or hostile.",
-        )
-
-
 def _is_data(path: Path) -> bool:
     if path.name.startswith("."):
         return False
-    return bool(path.is_dir() and _list_images(path)) or zipfile.is_zipfile(path)
+    if path.is_dir():
+        return bool(_list_images(path))
+    return path.is_file() and zipfile.is_zipfile(path)
 
 
 def _demo(home: Path) -> Path:
@@ -279,8 +300,23 @@ def _demo(home: Path) -> Path:
         return folder if folder.is_dir() else make_demo(folder)
 
 
-def _is_image(path: Path) -> bool:
+def _has_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith(".") or folder.lower() in SYSTEM_FOLDERS
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise _unlistable(error) from None
+
+
+def _unlistable(error: OSError) -> BloodcellError:
+    return BloodcellError(
+        f"The folder {error.filename} cannot be listed: {error.strerror}.",
+        "Give yourself the right to read it, or take it out of the data set.",
+    )
 
 
 def _list_images(root: Path) -> list[tuple[str, str, str]]:
@@ -292,13 +328,40 @@ def _list_images(root: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _without_links(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The table without links to files it holds already, and how many these were.
+
+    Raises:
+        BloodcellError: one file has two labels by way of a link.
+    """
+    real_folder = lru_cache(None)(os.path.realpath)
+
+    def real(path: str) -> str:
+        if os.path.islink(path):  # noqa: PTH114 for every image: speed
+            return os.path.realpath(path)
+        folder, name = os.path.split(path)
+        return f"{real_folder(folder)}{os.sep}{name}"
+
+    files = table.path.map(real)
+    for _, same in table[files.duplicated(keep=False)].groupby(files):
+        if same.label.nunique() > 1:
+            first, other = same.drop_duplicates("label").path[:2]
+            raise BloodcellError(
+                f"One image has two labels: {first} and {other} are the same file.",
+                "Remove the link that is wrong.",
+            )
+    by_link = pd.DataFrame({"file": files, "is_link": files != table.path})
+    kept = by_link.sort_values("is_link", kind="stable").drop_duplicates("file").index.sort_values()
+    return table.loc[kept].reset_index(drop=True), len(table) - len(kept)
+
+
 def _class_root(root: Path) -> Path:
     """Follow Kaggle's nesting, or folders that hold nothing but one other folder."""
     for nested in ("dataset2-master/dataset2-master/images", "dataset2-master/images", "images"):
         if (root / nested).is_dir():
             return root / nested
     inside = _folders(root)
-    if len(inside) == 1 and _folders(inside[0]):
+    if len(inside) == 1 and not inside[0].is_symlink() and _folders(inside[0]):
         return _class_root(inside[0])
     return root
 
@@ -309,7 +372,10 @@ def _subset_folders(root: Path) -> list[tuple[str, Path]]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    try:
+        return sorted(f for f in root.iterdir() if f.is_dir() and not _is_hidden(f.name))
+    except OSError as error:
+        raise _unlistable(error) from None
 
 
 def _read_sizes(paths: Sequence[str], progress: Progress) -> list[tuple[int, int] | None]:

@@ -16,7 +16,7 @@ from ..errors import BloodcellError
 from ..files import atomic_path, sole_writer
 from .dataset import Progress, no_progress, open_image
 
-CACHE_VERSION = 1  # raise it when decode() gives other pixels
+CACHE_VERSION = 2  # raise it when decode() gives other pixels
 SPARE_DISK = 2**30  # bytes the cache leaves free
 BATCHES_AHEAD = 2
 
@@ -222,10 +222,11 @@ def _build(
 
 def _load(file: Path, n_images: int, size: int) -> np.ndarray | None:
     try:
-        cached = np.load(file, mmap_mode="r")
-    except (OSError, ValueError):  # absent, or cut short
+        cached = np.lib.format.open_memmap(file, mode="r")  # np.load reads more than arrays
+    except (OSError, ValueError):  # absent, cut short, or no array
         return None
-    return cached if cached.shape == (n_images, size, size, 3) else None
+    fits = cached.shape == (n_images, size, size, 3) and cached.dtype == np.uint8
+    return cached if fits else None
 
 
 def _has_room(file: Path, n_images: int, size: int) -> bool:

@@ -34,6 +34,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from lzma import LZMAError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,9 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from ..files import atomic_path
+from ..errors import BloodcellError
+from ..files import atomic_path, read_table
+from .dataset import is_image
 
 Progress = Callable[[int, int, str], None]
 
@@ -137,7 +140,7 @@ def find_photos(
     """Find the photograph behind every image.
 
     Args:
-        paths: image files, in any format OpenCV reads.
+        paths: image files.
         originals: the photographs the images may be copies of, where there are any.
         workers: threads; all cores when None. The result does not depend on it.
         progress: called from this thread with (done, total, stage), for a progress bar.
@@ -168,8 +171,18 @@ def known_photos(paths: Sequence[Path], table: Path = KAGGLE_TABLE) -> pd.DataFr
     """Look images up in a finished table, by the hash of their bytes, whatever their names.
 
     Returns the rows of :func:`find_photos` for those paths that the table knows, perhaps none.
+
+    Raises:
+        BloodcellError: the file is no such table.
     """
-    known = pd.read_csv(table, dtype={"digest": str, "original": str, "photo": str})
+    try:
+        known = pd.read_csv(table, dtype={"digest": str, "original": str, "photo": str})
+        known = known[["digest", *COLUMNS[1:]]]
+    except (ValueError, KeyError, LZMAError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BloodcellError(
+            f"{table} is no table of known photographs: {reason}.", "Make it with bloodcell audit."
+        ) from None
     digests = pd.DataFrame({"path": list(paths), "digest": [digest(path) for path in paths]})
     return digests.merge(known, on="digest", how="inner")[COLUMNS]
 
@@ -188,10 +201,16 @@ def with_photos(table: pd.DataFrame, root: Path) -> pd.DataFrame:
 
     They are if ``root`` holds a ``photos.csv`` (columns ``path``, relative to it, and ``photo``),
     as ``bloodcell audit --out`` writes it, or if the images are those of Kaggle's set.
+
+    Raises:
+        BloodcellError: that file is no such table.
     """
     listed = Path(root) / "photos.csv"
     if listed.is_file():
-        found = pd.read_csv(listed, dtype=str)
+        hint = "Make it anew with bloodcell audit, or remove it."
+        found = read_table(listed, ["path", "photo"], hint=hint)
+        if found["path"].duplicated().any():
+            raise BloodcellError(f"{listed} holds a path twice.", hint)
         found["path"] = [str(Path(root) / path) for path in found["path"]]
     else:
         found = known_photos(table["path"])
@@ -440,6 +459,8 @@ def _pairs(sizes: pd.Series) -> int:
 
 def _read(path: Path) -> _Features | None:
     """Features of an image file; None where it cannot be read."""
+    if not is_image(path):  # OpenCV knows formats that are better left alone, and no limit
+        return None
     try:
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error):  # cv2.error: the file is empty
@@ -745,6 +766,8 @@ class _Collection:
 
 def digest(path: Path) -> str:
     """Hash of a file's bytes, 16 hexadecimal digits; empty if the file cannot be read."""
+    if not os.path.isfile(path):  # noqa: PTH113 a pipe would wait for ever; False for any name
+        return ""
     try:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
     except OSError:

@@ -1,12 +1,12 @@
 """The model card of an export: a README with the metadata the Hugging Face Hub reads."""
 
-import json
 from pathlib import Path
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 
+from ..analysis.interpretation import read_metrics
 from ..config import Config
 from ..data.splits import leakage
 from ..training.runs import Run
@@ -54,7 +54,7 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
         headlines=[(title, *_interval(metrics, key)) for key, title in HEADLINES.items()]
         if metrics
         else [],
-        calibration=getattr(run, "calibration", None),
+        calibration=run.calibration,
         first_licence=first.license if first else None,
         epochs=len(run.history),
         figure=_figure,
@@ -93,14 +93,12 @@ def _metadata(config: Config, metrics: dict | None, format: str, name: str) -> M
 
 def _first_weights(config: Config) -> PretrainedCfg | None:
     """timm's own account of the ImageNet weights a run started from; None if it did not."""
-    return (
-        timm.get_pretrained_cfg(config.arch) if config.weights_used.startswith("imagenet") else None
-    )
+    from_imagenet = config.weights_used == f"imagenet ({config.arch})"
+    return timm.get_pretrained_cfg(config.arch) if from_imagenet else None
 
 
 def _metrics(run: Run) -> dict | None:
-    path = run.path / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_metrics(run) if (run.path / "metrics.json").is_file() else None
 
 
 def _dataset_name(config: Config) -> str:

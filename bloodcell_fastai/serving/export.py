@@ -385,7 +385,7 @@ def _load(run: Run, **kwargs) -> tuple[nn.Module, dict[str, int]]:
     """The run's model as timm makes it, on the CPU, and what timm was told of the size."""
     config = run.config
     model, size_arguments = create_sized(config.arch, len(config.classes), config.size, **kwargs)
-    load_weights(model, run.path / "model.safetensors")
+    load_weights(model, run.path / "model.safetensors", config.classes)
     return model.eval(), size_arguments
 
 

@@ -1,10 +1,10 @@
 """Predict any number of images with a trained run, a batch at a time."""
 
 import csv
-import glob
 import io
 import itertools
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,10 +37,12 @@ class Batch:
     Attributes:
         table: see :meth:`Predictor.__call__`.
         unreadable: paths.
+        features: penultimate features of the table's images, float32 (n, d) on the CPU.
     """
 
     table: pd.DataFrame
     unreadable: list[str]
+    features: torch.Tensor
 
 
 class Predictor:
@@ -103,7 +105,7 @@ class Predictor:
         run.require_model()
         config = run.config
         model, _ = load_model(config.arch, len(config.classes), config.size, "none")
-        load_weights(model, run.path / "model.safetensors")
+        load_weights(model, run.path / "model.safetensors", config.classes)
         return cls(
             model,
             config,
@@ -156,7 +158,7 @@ class Predictor:
             found = self._nothing()
             if readable:
                 found = self.probabilities(stack(readable, [decoded[path] for path in readable]))
-            yield Batch(self.table(readable, *found), unreadable)
+            yield Batch(self.table(readable, *found), unreadable, found[1])
 
     def probabilities(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """Predict pictures that are decoded already.
@@ -251,17 +253,16 @@ def find_images(sources: Iterable[str | Path], listed: Iterable[str] = ()) -> It
         BloodcellError: a source does not exist, or a pattern matches nothing.
     """
     for source in map(str, sources):
-        path = Path(source)
         if source == "-":
             yield from _lines(listed)
-        elif path.is_dir():
-            yield from map(str, list_folder(path))
-        elif path.suffix.lower() == ".txt" and path.is_file():
-            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        elif os.path.isdir(source):  # noqa: PTH112 of names of any length, unlike Path.is_dir
+            yield from map(str, list_folder(Path(source)))
+        elif source.lower().endswith(".txt") and os.path.isfile(source):  # noqa: PTH113
+            with _open(Path(source), "r") as lines:
                 yield from _lines(lines)
-        elif path.exists():
+        elif os.path.exists(source):  # noqa: PTH110
             yield source
-        elif matches := sorted(glob.glob(source, recursive=True)):  # noqa: PTH207 absolute too
+        elif matches := _matching(source):
             yield from find_images(matches)
         else:
             raise BloodcellError(f"No file or folder {source}.", "Check the path.")
@@ -299,22 +300,19 @@ class PredictionFile:
     def _format(self, rows: Sequence[dict], header: bool = False) -> str:
         if self.path.suffix == ".jsonl":
             return "".join(json.dumps(row) + "\n" for row in rows)
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return buffer.getvalue()
+        lines = [self.columns] if header else []
+        lines += [[row[name] for name in self.columns] for row in rows]
+        return "".join(map(_csv_line, lines))
 
     def _read(self) -> list[dict]:
         with _open(self.path, "r") as file:
             text = file.read()
-        text = text[: text.rfind("\n") + 1]
-        if self.path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines()]
-        else:
-            rows = list(csv.DictReader(io.StringIO(text)))
-        if any(list(row) != self.columns for row in rows):
+        parse = _parse_jsonl if self.path.suffix == ".jsonl" else _parse_csv
+        try:
+            rows = parse(text[: text.rfind("\n") + 1], self.columns)
+        except (ValueError, RecursionError, csv.Error):
+            rows = None
+        if rows is None or any(list(row) != self.columns for row in rows):
             raise BloodcellError(
                 f"{self.path} holds predictions of another kind.",
                 "Give another --out, or leave out --resume to replace it.",
@@ -362,7 +360,7 @@ def predict(
     Raises:
         BloodcellError: there is no readable image, or ``out`` cannot be written.
     """
-    paths = list(paths)
+    paths = list(dict.fromkeys(paths))  # a pattern may name a folder and what it holds
     writer = PredictionFile(out, predictor.columns, resume) if out else None
     left = [path for path in paths if path not in writer.done] if writer else paths
     classes, flags, unreadable, tables, seen = Counter(), Counter(), [], [], 0
@@ -383,6 +381,45 @@ def predict(
 def _view(images: torch.Tensor, number: int) -> torch.Tensor:
     """One of the eight ways to turn and mirror square pictures; 0 leaves them as they are."""
     return (images.flip(-1) if number >= 4 else images).rot90(number % 4, (-2, -1))
+
+
+def _csv_line(values: Sequence, quoting: int = csv.QUOTE_MINIMAL) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(values)
+    line = buffer.getvalue()
+    if "\r" in line and quoting == csv.QUOTE_MINIMAL:  # in a name; unquoted it ends the row
+        return _csv_line(values, csv.QUOTE_ALL)
+    return line
+
+
+def _parse_jsonl(text: str, columns: list[str]) -> list[dict]:
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    if not all(isinstance(row, dict) and isinstance(row.get("path"), str) for row in rows):
+        raise ValueError("not a table")
+    return rows
+
+
+def _parse_csv(text: str, columns: list[str]) -> list[dict]:
+    """The rows, without a last one that was cut off at a line break inside quotes."""
+    lines = []
+    try:
+        lines.extend(csv.reader(io.StringIO(text), strict=True))
+    except csv.Error as error:
+        if "unexpected end of data" not in str(error):
+            raise
+    if lines and lines[0] != columns:
+        raise ValueError("other columns")
+    return [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+
+
+def _matching(pattern: str) -> list[str]:
+    """Sorted paths that match. ``**`` follows no links to folders, which may lead in a circle."""
+    path = Path(pattern)
+    try:
+        found = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    except (ValueError, NotImplementedError, OSError):  # not a pattern, or too long for a name
+        return []
+    return sorted(str(match) for match in found if not match.name.startswith("."))
 
 
 def _lines(lines: Iterable[str]) -> Iterator[str]:

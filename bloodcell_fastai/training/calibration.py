@@ -14,6 +14,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn.functional import normalize
 
 from ..data.blocks import image_dls
+from ..errors import BloodcellError
 from .learner import classifier_inputs, timm_model
 
 if TYPE_CHECKING:
@@ -79,8 +80,17 @@ class Reference:
 
         Returns:
             Distances, float32 (n,) from 0 to 2, and rows of ``table``, int64 (n,).
+
+        Raises:
+            BloodcellError: the reference is of another model.
         """
         known = self.features.float().T
+        if len(features) and features.shape[1] != len(known):
+            raise BloodcellError(
+                f"reference.safetensors has {len(known)} features an image, the model "
+                f"{features.shape[1]}.",
+                "Remove calibration.json of the run and calibrate anew: bloodcell interpret RUN",
+            )
         distances, rows = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
         for chunk in torch.as_tensor(features).split(_CHUNK):
             likeness = normalize(chunk.float()) @ known  # cosines: |a - b|^2 = 2 - 2 a.b
@@ -88,6 +98,22 @@ class Reference:
             distances.append((2 - 2 * cosines[:, -1]).clamp(min=0).sqrt().numpy())
             rows.append(order[:, 0].numpy())
         return np.concatenate(distances), np.concatenate(rows)
+
+    def photographs(self, features: torch.Tensor | np.ndarray, n: int = 3) -> list[pd.DataFrame]:
+        """The training photographs most like each of a few images, nearest first.
+
+        Args:
+            features: float (images, d), as ``classifier_inputs`` collects them.
+            n: how many photographs at most.
+
+        Returns:
+            For each image rows of ``table``, the nearest copy of each photograph, with its
+            ``distance``, 0 to 2.
+        """
+        likeness = normalize(torch.as_tensor(features).float()) @ self.features.float().T
+        distances = (2 - 2 * likeness).clamp(min=0).sqrt().numpy()
+        ranked = (self.table.assign(distance=row).sort_values("distance") for row in distances)
+        return [rows.drop_duplicates("photo").head(n) for rows in ranked]
 
 
 def calibrate(learn: Learner, run: Run) -> Calibration:
@@ -211,8 +237,27 @@ def probability_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return calibration_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels)
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error, 0 to 1, over 15 equal bins of confidence (Guo et al. 2017)."""
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
+    """Images in 15 equal bins of confidence, the empty ones left out (Guo et al. 2017).
+
+    Args:
+        confidence: float (n,), the probability of the predicted class, 0 to 1.
+        correct: bool (n,).
+
+    Returns:
+        ``confidence`` and ``accuracy``, the means within a bin, 0 to 1, and ``images``; indexed
+        by the bin's number, 0 to 14.
+    """
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = pd.DataFrame({"bin": bins, "gap": correct - confidence}).groupby("bin").gap.sum().abs()
-    return float(gaps.sum() / len(confidence))
+    table = pd.DataFrame({"bin": bins, "confidence": confidence, "correct": correct})
+    return table.groupby("bin").agg(
+        confidence=("confidence", "mean"), accuracy=("correct", "mean"), images=("correct", "size")
+    )
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error, 0 to 1: the mean gap between confidence and accuracy over the
+    bins of :func:`reliability`, weighted by their images (Guo et al. 2017)."""
+    bins = reliability(confidence, correct)
+    gaps = (bins.accuracy - bins.confidence).abs()
+    return float((gaps * bins.images).sum() / len(confidence))

@@ -1,8 +1,9 @@
 """From batches to a fastai Learner on a timm model."""
 
 import difflib
+import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fastai.vision.all import (
 )
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -194,16 +196,43 @@ def load_model(
     return _create_from(path, arch, n_out, size), path.name
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, classes: Sequence[str] = ()) -> None:
     """Load a run's ``model.safetensors`` into its timm model, every tensor of it.
+
+    Args:
+        model: of the run's architecture.
+        path: the file.
+        classes: of the config, to be those that the file says its outputs are, in their order;
+            older files say nothing.
 
     Raises:
         BloodcellError: the file is missing, holds more than tensors, or does not fit; the
             message counts the missing, unexpected and misshapen tensors.
     """
     state = read_tensors(path)
+    classifier = f"{model.pretrained_cfg.get('classifier')}.weight"
+    outputs = len(state[classifier]) if classifier in state and state[classifier].ndim else None
+    if outputs is not None and outputs != model.num_classes:
+        raise BloodcellError(
+            f"classes in config.json lists {model.num_classes} names, but {path} has {outputs} "
+            "outputs.",
+            "Was the config edited? Copy the run again, with all its files.",
+        )
     _check_fit(path, state, model.state_dict(), free=())
+    if classes and (own := _own_classes(path)) is not None and own != list(classes):
+        raise BloodcellError(
+            f"classes in config.json are not those of {path}.",
+            f"Was the config edited? The weights are for {str(own)[:200]}, in this order.",
+        )
     model.load_state_dict(state)
+
+
+def _own_classes(path: Path) -> list | None:
+    with safe_open(path, framework="pt") as file:
+        try:
+            return json.loads((file.metadata() or {})["classes"])
+        except (KeyError, ValueError, RecursionError):
+            return None
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -228,7 +257,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
+    if not (
+        isinstance(state, Mapping)
+        and all(map(torch.is_tensor, state.values()))
+        and all(isinstance(key, str) for key in state)
+    ):
         raise BloodcellError(f"{path} is not a table of tensors.", "Give a model's state_dict().")
     return dict(state)
 
@@ -292,13 +325,13 @@ def _create(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
 
     Some architectures accept a size when they are made and fail in their first batch.
     """
-    check_arch(arch)
     try:
         model, _ = create_sized(arch, n_out, size, **kwargs)
         _try_forward(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise usage_error(
-            f"{arch} cannot take {size} px: {error}.", _size_hint(arch, size)
+            f"{arch} cannot take {size} px: {reason}.", _size_hint(arch, size)
         ) from None
     return model
 
@@ -307,7 +340,12 @@ def create_sized(arch: str, n_out: int, size: int, **kwargs) -> tuple[nn.Module,
     """A timm model for ``size`` pixels, and what ``timm.create_model`` was told of the size.
 
     That is ``img_size``, or nothing where the architecture takes any size.
+
+    Raises:
+        BloodcellError: timm has no such architecture; nothing is fetched from a hub or a folder,
+            which timm would do for some names.
     """
+    check_arch(arch)
     sized = {"img_size": size}
     try:
         return timm.create_model(arch, num_classes=n_out, **sized, **kwargs), sized

@@ -1,7 +1,6 @@
 """The folder of a run: the only place that reads or writes one."""
 
 import json
-import math
 import os
 import re
 import shlex
@@ -17,15 +16,26 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.vision.all import Learner
-from safetensors import safe_open
 from safetensors.torch import save
 
 from ..config import Config
 from ..errors import BloodcellError
-from ..files import atomic_path, remove_unfinished, sole_writer, write_json, write_text
+from ..files import (
+    atomic_path,
+    read_json,
+    read_table,
+    remove_unfinished,
+    sole_writer,
+    write_json,
+    write_table,
+    write_text,
+)
 from .calibration import Calibration, Reference
+from .checkpoints import bad_checkpoint, check_optimizer, read_checkpoint
 from .learner import load_weights, read_tensors, timm_model
 
+IMAGE_COLUMNS = ["path", "label", "subset", "photo", "part"]
+REFERENCE_COLUMNS = ["path", "label", "photo"]
 HISTORY = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "seconds"]
 
 
@@ -111,17 +121,15 @@ class Run:
     @property
     def table(self) -> pd.DataFrame:
         """The image table with its ``part``."""
-        path = self.path / "split.csv"
-        try:
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        except FileNotFoundError:
-            raise BloodcellError(f"{path} is missing.", "Train again: bloodcell fit") from None
+        return read_table(self.path / "split.csv", IMAGE_COLUMNS, hint="Train again: bloodcell fit")
 
     @property
     def history(self) -> pd.DataFrame:
         """One row per finished epoch, in the columns of ``history.csv``; empty before the first."""
         path = self.path / "history.csv"
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=HISTORY)
+        if not path.is_file():
+            return pd.DataFrame(columns=HISTORY)
+        return read_table(path, HISTORY, numbers=HISTORY)
 
     @property
     def has_model(self) -> bool:
@@ -178,7 +186,7 @@ class Run:
 
     def start(self, config: Config, table: pd.DataFrame) -> None:
         """Write what the run is: its images and, last, its options, which make it a run."""
-        write_text(self.path / "split.csv", table.to_csv(index=False))
+        write_table(self.path / "split.csv", table)
         config.save(self.path / "config.json")
 
     def append_history(self, row: dict) -> None:
@@ -202,7 +210,8 @@ class Run:
         A calibration of the weights before them goes.
         """
         (self.path / "calibration.json").unlink(missing_ok=True)
-        _write_tensors(self.path / "model.safetensors", timm_model(learn).state_dict())
+        classes = {"classes": json.dumps(list(learn.dls.vocab))}
+        _write_tensors(self.path / "model.safetensors", timm_model(learn).state_dict(), classes)
 
     def load_model(self, learn: Learner) -> None:
         """Put the run's best weights into ``learn``.
@@ -211,7 +220,7 @@ class Run:
             BloodcellError: there are none yet, or they do not fit.
         """
         self.require_model()
-        load_weights(timm_model(learn), self.path / "model.safetensors")
+        load_weights(timm_model(learn), self.path / "model.safetensors", tuple(learn.dls.vocab))
 
     @property
     def calibration(self) -> Calibration | None:
@@ -234,8 +243,9 @@ class Run:
             return None
         path, listed = self.path / "reference.safetensors", self.path / "reference.csv"
         features = read_tensors(path).get("features")
-        table = pd.read_csv(listed, dtype=str, keep_default_na=False) if listed.is_file() else []
+        table = read_table(listed, REFERENCE_COLUMNS) if listed.is_file() else []
         fits = features is not None and features.ndim == 2 and len(features) == len(table)
+        fits = fits and features.is_floating_point() and bool(features.isfinite().all())
         if not fits or not 1 <= calibration.neighbours <= len(table):
             raise BloodcellError(
                 f"{path} and {listed.name} do not belong together.",
@@ -251,7 +261,7 @@ class Run:
         path = self.path / "calibration.json"
         path.unlink(missing_ok=True)
         _write_tensors(self.path / "reference.safetensors", {"features": reference.features.half()})
-        write_text(self.path / "reference.csv", reference.table.to_csv(index=False))
+        write_table(self.path / "reference.csv", reference.table)
         write_json(path, asdict(calibration))
 
     def require_model(self) -> None:
@@ -310,21 +320,25 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path):
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self._path = path
+        self._tensors, state = read_checkpoint(path)
         self.epochs_done, self.best, self.wait = state["epochs_done"], state["best"], state["wait"]
         self._optimizer = state["optimizer"]
 
     def restore_model(self, learn: Learner) -> None:
         """Put the weights into ``learn``."""
         model = {k[6:]: v for k, v in self._tensors.items() if k.startswith("model.")}
-        timm_model(learn).load_state_dict(model)
+        try:
+            timm_model(learn).load_state_dict(model)
+        except (RuntimeError, TypeError):
+            raise bad_checkpoint(self._path, "its weights are those of another model") from None
 
     def restore_optimizer(self, learn: Learner) -> None:
         """Put the optimizer's state into ``learn``; after freezing, which clears it."""
         learn.create_opt()
-        learn.opt.load_state_dict(_unpack_optimizer(self._tensors, self._optimizer))
+        state = _unpack_optimizer(self._tensors, self._optimizer)
+        check_optimizer(self._path, learn.opt, state)
+        learn.opt.load_state_dict(state)
 
 
 def all_runs(root: str | Path = "runs") -> list[Run]:
@@ -350,18 +364,13 @@ _RECALIBRATE = "Calibrate it anew: rm {1}/calibration.json && bloodcell interpre
 
 def _read_calibration(path: Path) -> Calibration:
     """A calibration whose every field is there and makes sense."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _bad_calibration(path, f"is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise _bad_calibration(path, "holds no table of values")
+    values = read_json(path, _RECALIBRATE.format(path.parent.name, path.parent))
     for field in fields(Calibration):
         low, high, whole = _CALIBRATION_RANGES[field.name]
         value = values.get(field.name)
         kinds = (int,) if whole else (int, float)
-        if type(value) not in kinds or not (math.isfinite(value) and low <= value <= high):
-            raise _bad_calibration(path, f"{field.name} is {value!r}")
+        if type(value) not in kinds or not low <= value <= high:
+            raise _bad_calibration(path, f"{field.name} is {repr(value)[:40]}")
     return Calibration(**{field.name: values[field.name] for field in fields(Calibration)})
 
 
@@ -369,10 +378,10 @@ def _read_calibration(path: Path) -> Calibration:
 _CALIBRATION_RANGES = {
     "temperature": (1e-6, 1e6, False),
     "distance_threshold": (0, 2, False),
-    "neighbours": (1, math.inf, True),
+    "neighbours": (1, 10**9, True),
     "ece_before": (0, 1, False),
     "ece_after": (0, 1, False),
-    "n_images": (1, math.inf, True),
+    "n_images": (1, 10**12, True),
 }
 
 

@@ -51,6 +51,12 @@ def test_every_image_is_predicted_once_by_a_model_that_has_not_seen_it(demo_root
     assert metrics.leakage == 0
     assert metrics.temperature is None  # each fold has its own
     assert np.sum(metrics.confusion_matrix) == len(table)
+    page = (run.path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Heat maps are in the reports of the folds" in page
+    for number in (1, 2, 3):
+        own = f"../fold-{number}/report/index.html"
+        assert f'href="{own}"' in page
+        assert (run.report / own).is_file()
     with pytest.raises(BloodcellError, match="3 models") as caught:
         interpret_run(run)
     assert caught.value.hint.endswith("cv/fold-1")

@@ -3,13 +3,17 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, precision_score, roc_auc_score
 
+from bloodcell_fastai.analysis import evaluation as module
 from bloodcell_fastai.analysis.evaluation import (
     Evaluation,
     bootstrap_ci,
     calibration_error,
+    class_intervals,
+    coverage,
     prediction_table,
+    resample_photos,
     softmax,
 )
 
@@ -146,3 +150,60 @@ def test_top_losses():
     spread = evaluation.top_losses(5, one_per_photo=True)
     assert spread.photo.nunique() == 5
     assert spread.loss.iloc[0] == worst.loss.iloc[0]
+
+
+def test_class_intervals_are_those_of_scores_of_resampled_images(monkeypatch):
+    """Against scikit-learn on tables in which every image stands as often as it was drawn."""
+    monkeypatch.setattr(module, "BOOTSTRAP_SAMPLES", 60)
+    evaluation = make_evaluation(n_photos=12, copies=3)
+    evaluation.predictions["p_B"] = evaluation.predictions.p_B.round(1)  # ties
+    table = evaluation.predictions
+    photos = table.photo.factorize()[0]
+    scores = {"precision": [], "recall": [], "f1": [], "specificity": [], "auroc": []}
+    for drawn in resample_photos(12):
+        again = table.loc[table.index.repeat(drawn[photos])]
+        true, said = again.label == "B", again.predicted == "B"
+        scores["precision"].append(precision_score(true, said, zero_division=np.nan))
+        if true.any():
+            scores["recall"].append(said[true].mean())
+            scores["f1"].append(f1_score(true, said))
+            scores["auroc"].append(roc_auc_score(true, again.p_B))
+        scores["specificity"].append(1 - said[~true].mean())
+    found = class_intervals(evaluation)["B"]
+    for name, values in scores.items():
+        assert found[f"{name}_ci95"] == pytest.approx(np.nanpercentile(values, [2.5, 97.5])), name
+
+
+def test_every_score_of_a_class_lies_in_its_interval():
+    for row in make_evaluation().metrics["per_class"].values():
+        for name in ("precision", "recall", "f1", "specificity", "auroc"):
+            low, high = row[f"{name}_ci95"]
+            assert low < row[name] < high
+        assert 0 < row["photos"] < row["support"]
+
+
+def test_coverage():
+    evaluation = make_evaluation()
+    table, rows = evaluation.predictions, evaluation.metrics["coverage"]
+    assert rows[0]["coverage"] == 1
+    assert rows[0]["accuracy"] == evaluation.metrics["accuracy"]
+    assert rows[0]["accuracy_ci95"] == evaluation.metrics["accuracy_ci95"]
+    for row in rows:
+        kept = table[table.confidence >= row["min_confidence"]]
+        assert row["n_images"] == len(kept)
+        assert row["coverage"] == len(kept) / len(table)
+        if len(kept):
+            assert row["accuracy"] == pytest.approx((kept.label == kept.predicted).mean())
+    assert len(table) > rows[2]["n_images"] > rows[4]["n_images"] > 0
+
+
+def test_no_image_reaches_a_threshold():
+    table = pd.DataFrame({"path": ["/1"], "label": ["A"], "photo": ["x"]})
+    evaluation = Evaluation(prediction_table(table, np.array([[0.6, 0.4]]), ("A", "B")), ("A", "B"))
+    assert coverage(evaluation)[-1] == {
+        "min_confidence": 0.99,
+        "coverage": 0,
+        "n_images": 0,
+        "accuracy": None,
+        "accuracy_ci95": None,
+    }

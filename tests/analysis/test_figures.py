@@ -1,3 +1,5 @@
+from xml.etree import ElementTree
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,6 +54,55 @@ def test_top_losses_say_what_was_wrong(evaluation):
     title = figure.axes[0].get_title()
     assert worst.label.capitalize() in title
     assert f"loss {worst.loss:.2f}" in title
+
+
+def test_coverage_ends_at_the_accuracy_of_all(evaluation):
+    (axes,) = figures.plot_coverage(evaluation).axes
+    share, accuracy = axes.lines[0].get_xydata().T
+    assert (np.diff(share) > 0).all()
+    assert (share[-1], accuracy[-1]) == pytest.approx((1, evaluation.metrics["accuracy"]))
+    thresholds = [row for row in evaluation.metrics["coverage"] if row["min_confidence"] > 0]
+    marks = [tuple(line.get_xydata()[0]) for line in axes.lines[1:]]
+    assert marks == [(row["coverage"], row["accuracy"]) for row in thresholds if row["n_images"]]
+
+
+def test_reliability_counts_every_image_once(evaluation):
+    upper, lower = figures.plot_reliability(evaluation).axes
+    assert sum(bar.get_height() for bar in lower.patches) == len(evaluation.predictions)
+    table = evaluation.predictions
+    sure = table[table.confidence >= np.floor(table.confidence.max() * 15) / 15]
+    shown = upper.lines[-1].get_xydata()[-1]
+    assert shown == pytest.approx((sure.confidence.mean(), (sure.label == sure.predicted).mean()))
+
+
+def test_reliability_shows_what_calibration_changed(evaluation):
+    calibrated = Evaluation(evaluation.predictions, evaluation.classes, temperature=2.0)
+    _, before, after = figures.plot_reliability(calibrated).axes[0].lines
+    assert before.get_label() == "before calibration"
+    own = calibrated.probabilities**2
+    own = own / own.sum(axis=1, keepdims=True)
+    assert before.get_xdata()[-1] == pytest.approx(
+        own.max(axis=1)[own.max(axis=1) >= 14 / 15].mean()
+    )
+    assert np.mean(before.get_xdata()) > np.mean(after.get_xdata())
+
+
+def test_a_figure_as_svg_takes_the_colours_of_its_page(history):
+    svg = figures.figure_svg(figures.plot_history(history, ["loss"]))
+    assert svg == figures.figure_svg(figures.plot_history(history, ["loss"]))
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg")
+    assert "currentColor" in svg and "#000000" not in svg
+    assert f"var(--c0, {figures.BLUE})" in svg
+    assert "prefers-color-scheme: dark" in svg
+
+
+def test_a_class_named_like_mathematics(evaluation):
+    odd = "$x$ $\\bad$"
+    table = evaluation.predictions.rename(columns={f"p_{evaluation.classes[0]}": f"p_{odd}"})
+    table = table.replace({evaluation.classes[0]: odd})
+    renamed = Evaluation(table, (odd, *evaluation.classes[1:]))
+    assert "<svg" in figures.figure_svg(figures.plot_confusion_matrix(renamed))
 
 
 def test_the_contact_sheet_names_every_class(demo_table):

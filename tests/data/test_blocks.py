@@ -55,7 +55,7 @@ def test_validation_pictures_are_squeezed_whole(dls, table):
 
 def test_prediction_sees_the_validation_pictures(dls, table):
     valid = table[table.part == "valid"]
-    unlabelled = image_dls(valid.path, ARCH, size=64, bs=8)
+    unlabelled = image_dls(valid.path, ARCH, size=64)
     assert torch.equal(unlabelled.valid.one_batch()[0], dls.valid.one_batch()[0])
 
 

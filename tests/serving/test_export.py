@@ -23,6 +23,7 @@ from bloodcell_fastai import BloodcellError, Config, Run, export_run, interpret,
 from bloodcell_fastai.analysis.interpretation import write_results
 from bloodcell_fastai.data.dataset import open_image
 from bloodcell_fastai.serving import export
+from bloodcell_fastai.training.calibration import Calibration
 from bloodcell_fastai.training.callbacks import precision_callback
 from bloodcell_fastai.training.fit import make_learner, resolve
 from bloodcell_fastai.training.learner import timm_model
@@ -54,11 +55,17 @@ def make_run(folder: Path, arch: str, table: pd.DataFrame) -> Run:
     for callback in precision_callback(learn.dls.device):
         learn.remove_cb(type(callback))
     model = timm_model(learn)
-    features = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # average over all batches
     with torch.no_grad():
-        for images, _ in learn.dls.train:  # also fills the statistics of BatchNorm
-            features.append(model.forward_head(model.forward_features(images), pre_logits=True))
-        spread = torch.cat(features)
+        batches = [images for images, _ in learn.dls.train]
+        for images in batches:
+            model(images)  # fills the statistics of BatchNorm
+        model.eval()
+        spread = torch.cat(
+            [model.forward_head(model.forward_features(x), pre_logits=True) for x in batches]
+        )
         classifier = model.get_classifier()
         classifier.weight.normal_(std=2 / spread.std(dim=0).mean() / spread.shape[1] ** 0.5)
         classifier.bias.copy_(-classifier.weight @ spread.mean(dim=0))
@@ -89,8 +96,7 @@ def calibrated(monkeypatch):
 
 
 def calibrate(patch: pytest.MonkeyPatch) -> None:
-    calibration = SimpleNamespace(temperature=TEMPERATURE)
-    patch.setattr(Run, "calibration", calibration, raising=False)
+    patch.setattr(Run, "calibration", Calibration(TEMPERATURE, 1.0, 1, 0.1, 0.1, 10))
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +191,15 @@ def test_an_onnx_file_that_answers_otherwise_is_not_kept(
 def test_onnx_needs_its_packages_and_images(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
-        with pytest.raises(BloodcellError, match=r"onnxscript.*\n.*bloodcell-fastai\[export\]"):
+        with pytest.raises(
+            BloodcellError,
+            match=r"ONNX export needs the package onnxscript.*\n.*bloodcell-fastai\[export\]",
+        ):
             export_run(run, "onnx", tmp_path)
     pytest.importorskip("onnxscript")
     gone = Run(shutil.copytree(run.path, tmp_path / "gone"))
     gone.start(gone.config, gone.table.assign(path="/nowhere.jpg"))
-    with pytest.raises(BloodcellError, match="images of gone are gone"):
+    with pytest.raises(BloodcellError, match="The validation images of gone are gone"):
         export_run(gone, "onnx")
     assert export_run(gone, "timm") == gone.path / "export" / "timm"
 
@@ -425,7 +434,9 @@ def test_a_push_that_cannot_be(run, tmp_path, monkeypatch):
         with pytest.raises(BloodcellError, match="--push-to-hub") as refused:
             export_run(run, format, tmp_path / "out", name)
         assert refused.value.exit_code == 2
-    with pytest.raises(BloodcellError, match="Hub did not take me/cells") as refused:
+    with pytest.raises(
+        BloodcellError, match="The Hugging Face Hub did not take me/cells"
+    ) as refused:
         export_run(run, "timm", tmp_path / "out", "me/cells")
     assert "hf auth whoami" in refused.value.hint
     assert (tmp_path / "out" / "model.safetensors").is_file()

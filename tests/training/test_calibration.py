@@ -131,6 +131,19 @@ def test_distance_to_the_kth_neighbour():
     assert [len(x) for x in Reference(features, names, 1).nearest(query[:0])] == [0, 0]
 
 
+def test_the_nearest_photographs_are_shown_once_each():
+    angles = torch.tensor([0.0, 0.1, 0.3, 2.0])
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    copies = pd.DataFrame({"path": list("abcd"), "label": "x", "photo": list("ppqr")})
+    reference = Reference(features.half(), copies, 1)
+    query = torch.tensor([[0.0, 3.0], [5.0, 0.0]])
+    upward, along = reference.photographs(query, 2)
+    assert upward.path.tolist() == ["d", "c"]
+    assert along.path.tolist() == ["a", "c"]  # b is another copy of what a is
+    assert along.distance.tolist() == pytest.approx([0, 2 * np.sin(0.15)], abs=2e-2)
+    assert [len(rows) for rows in reference.photographs(query, 9)] == [3, 3]
+
+
 def test_the_reference_is_spread_over_classes_and_photographs():
     """As in the real set: one class of few photographs with many copies."""
     rows = [("A", f"a{i % 2}") for i in range(100)] + [("B", f"b{i % 20}") for i in range(100)]

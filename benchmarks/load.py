@@ -1,0 +1,85 @@
+"""How long a large folder takes until training can begin, and how much memory.
+
+    python benchmarks/load.py --images 100000
+
+The images are hard links to a few hundred small JPEGs in a tree of folders. Each row gives the
+seconds of a step and the peak memory of the process so far.
+"""
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bloodcell_fastai import Config, split_table, train, with_photos
+from bloodcell_fastai.data.dataset import read_folder
+from bloodcell_fastai.reporter import Reporter
+
+CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")
+PER_FOLDER = 1000
+DISTINCT = 400
+
+
+def make_tree(root: Path, n: int) -> Path:
+    """``n`` images below ``root``: CLASS/part-0001/000001.jpg."""
+    rng = np.random.default_rng(0)
+    sources = []
+    (root / ".sources").mkdir(parents=True)
+    for number in range(DISTINCT):
+        pixels = rng.integers(0, 255, (6, 8, 3), np.uint8)
+        path = root / ".sources" / f"{number}.jpg"
+        Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC).save(path)
+        sources.append(path)
+    for number in range(n):
+        label = CLASSES[number % len(CLASSES)]
+        folder = root / label / f"part-{number // PER_FOLDER:04d}"
+        if number % PER_FOLDER < len(CLASSES):
+            folder.mkdir(parents=True, exist_ok=True)
+        os.link(sources[number % DISTINCT], folder / f"{number:06d}.jpg")
+    return root
+
+
+def measure(name: str, step):
+    """Do a step and print its row; what it returns."""
+    begin = time.perf_counter()
+    result = step()
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"| {name} | {seconds:.1f} | {peak:,.0f} |", flush=True)
+    return result
+
+
+class Silent(Reporter):
+    def say(self, text: str) -> None:
+        pass
+
+
+def run(folder: Path, n: int) -> None:
+    """All steps on ``n`` images under ``folder``."""
+    print("| step | seconds | peak memory, MB |\n|---|---:|---:|")
+    root = measure("make the tree", lambda: make_tree(folder / "set", n))
+    dataset = measure("index: list, decode and check every image", lambda: read_folder(root))
+    assert len(dataset.table) == n
+    table = measure("look photographs up", lambda: with_photos(dataset.table, dataset.root))
+    for how in ("photo", "random"):
+        measure(f"split: {how}", lambda how=how: split_table(table, how))
+    grouped = table.assign(photo=(table.index // 10).astype(str))
+    measure(f"split: photo, {n // 10:,} photographs known", lambda: split_table(grouped))
+    config = Config(data=str(root), arch="resnet18", weights="none", size=64, epochs=1)
+    measure(
+        "fit --dry-run, all of it",
+        lambda: train(config, folder / "runs", dry_run=True, reporter=Silent()),
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=100_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), arguments.images)

@@ -1,0 +1,152 @@
+"""Zip files from strangers: the whole of one is judged before a byte of it is written."""
+
+import errno
+import lzma
+import shutil
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from ..errors import BloodcellError
+from ..files import atomic_folder
+from ..reporter import Progress, no_progress
+
+# Photographs hardly shrink. A zip of text or of empty pictures seldom passes 100 to 1; deflate
+# ends at 1,032 to 1, and members that share their bytes go beyond any limit.
+MAX_RATIO = 200
+SMALL = 2**26  # bytes that anything may unpack to
+MAX_BYTES = 2**38
+MAX_MEMBERS = 5_000_000
+SPARE_DISK = 2**30  # bytes to leave free
+LONGEST_NAME = 255  # bytes, of file systems in use
+_CHUNK = 2**20
+
+# What zipfile raises on bytes that are no zip, beside its own error; OSError is of bz2.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError),
+    *(NotImplementedError, RuntimeError, ValueError, OverflowError, IndexError),
+)
+
+
+def unpack(archive: Path, target: Path, progress: Progress = no_progress) -> Path:
+    """Unpack a zip into ``target``, which appears only when complete. Returns ``target``.
+
+    Archives inside are left as they are. Modes, owners and times are not taken over.
+
+    Raises:
+        BloodcellError: not a zip, damaged or encrypted; a member is a link or a device, would
+            land outside the target or on another one, or unpacks to absurdly much.
+    """
+    with _opened(archive) as zipped:
+        members = _judged(zipped, archive, target)
+        with atomic_folder(target) as folder:
+            for done, (name, member) in enumerate(members.items(), start=1):
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with zipped.open(member) as source, path.open("wb") as out:
+                    _copy(source, out, member, archive)
+                progress("Unpacking", done, len(members))
+    return target
+
+
+def content_key(archive: Path) -> str:
+    """Eight hex digits that name what a zip contains, from its table of contents alone.
+
+    Raises:
+        BloodcellError: not a zip, or damaged.
+    """
+    with _opened(archive) as zipped:
+        listing = "".join(f"{m.filename}{m.CRC}" for m in zipped.infolist())
+    return f"{zlib.crc32(listing.encode('utf-8', 'surrogateescape')):08x}"
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            yield zipped
+    except _DAMAGE as error:
+        # Of the disk and not of the archive; EINVAL is what a place before its beginning gives.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise BloodcellError(
+            f"{archive} is not a zip that can be unpacked: {error}.", "Download it again."
+        ) from None
+
+
+def _judged(zipped: zipfile.ZipFile, archive: Path, target: Path) -> dict[str, zipfile.ZipInfo]:
+    """The files of an archive by their relative path, once nothing is wrong with any of it."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in zipped.infolist():
+        name = _safe_name(member, archive)
+        _check_kind(member, archive)
+        if member.is_dir():
+            continue
+        if name in members:
+            raise _hostile(archive, f"holds {member.filename!r} twice")
+        members[name] = member
+    for name in members:
+        if any(str(parent) in members for parent in PurePosixPath(name).parents):
+            raise _hostile(archive, f"holds {name!r} inside a file")
+    _check_amount(members, archive, target)
+    return members
+
+
+def _safe_name(member: zipfile.ZipInfo, archive: Path) -> str:
+    """The path of a member below the target; some Windows programs write backslashes."""
+    path = PurePosixPath(member.filename.replace("\\", "/"))
+    parts = path.parts
+    if path.is_absolute() or not parts or ".." in parts or ":" in parts[0]:
+        raise _hostile(archive, f"would write outside its folder: {member.filename!r}")
+    if any(len(part.encode("utf-8", "surrogateescape")) > LONGEST_NAME for part in parts):
+        raise BloodcellError(
+            f"{archive} holds a name of more than {LONGEST_NAME} bytes: {parts[-1][:40]!r}...",
+            "Shorten it and pack the archive again.",
+        )
+    return str(path)
+
+
+def _check_kind(member: zipfile.ZipInfo, archive: Path) -> None:
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        what = "a link" if kind == stat.S_IFLNK else "a device"
+        raise _hostile(archive, f"holds {what}, {member.filename!r}")
+    if member.flag_bits & 1:
+        raise BloodcellError(
+            f"{archive} is encrypted.", "Unpack it yourself and give the folder to --data."
+        )
+
+
+def _check_amount(members: dict[str, zipfile.ZipInfo], archive: Path, target: Path) -> None:
+    """Refuse bombs by what the table of contents says; :func:`_copy` holds them to it."""
+    total, packed = sum(m.file_size for m in members.values()), archive.stat().st_size
+    if len(members) > MAX_MEMBERS or total > MAX_BYTES or total > max(MAX_RATIO * packed, SMALL):
+        raise _hostile(
+            archive,
+            f"would unpack from {packed:,} to {total:,} bytes in {len(members):,} files",
+        )
+    existing = next(folder for folder in target.absolute().parents if folder.is_dir())
+    if (free := shutil.disk_usage(existing).free) < total + SPARE_DISK:
+        raise BloodcellError(
+            f"No room to unpack {archive}: it needs {total:,} bytes and {free:,} are free.",
+            "Make room, or unpack it elsewhere and give the folder to --data.",
+        )
+
+
+def _copy(source, out, member: zipfile.ZipInfo, archive: Path) -> None:
+    written = 0
+    while chunk := source.read(_CHUNK):
+        written += len(chunk)
+        if written > member.file_size:
+            raise _hostile(archive, f"holds more of {member.filename!r} than it says")
+        out.write(chunk)
+
+
+def _hostile(archive: Path, problem: str) -> BloodcellError:
+    return BloodcellError(
+        f"{archive} {problem}.", "Do not use this archive: it is damaged or hostile."
+    )

@@ -1,0 +1,389 @@
+"""Whatever is in a file: it is read, or a BloodcellError says what is wrong, in bounded time.
+
+``BLOODCELL_FUZZ=20000 pytest tests/test_fuzz.py`` tries so many cases a test, new ones each time;
+what such a run found is kept as ``@example``.
+"""
+
+import io
+import json
+import os
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+from bloodcell_fastai import BloodcellError, Config, Run
+from bloodcell_fastai.analysis.interpretation import read_results
+from bloodcell_fastai.data.archives import content_key, unpack
+from bloodcell_fastai.data.dataset import image_size, open_image
+from bloodcell_fastai.data.provenance import known_photos, with_photos
+from bloodcell_fastai.errors import printable
+from bloodcell_fastai.files import read_table, write_table
+from bloodcell_fastai.serving.inference import PredictionFile, find_images
+from bloodcell_fastai.training.calibration import Calibration, Reference
+from bloodcell_fastai.training.checkpoints import read_checkpoint
+
+CASES = os.environ.get("BLOODCELL_FUZZ")
+
+
+def cases(usual: int) -> settings:
+    return settings(
+        max_examples=int(CASES or usual),
+        derandomize=not CASES,
+        deadline=5000,  # milliseconds a case: bounded time
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def only_ours(read):
+    """What ``read`` returns; None where it refuses as it should."""
+    try:
+        return read()
+    except BloodcellError as error:
+        assert error.message
+        assert error.hint
+        assert len(str(error)) < 10_000
+        return None
+
+
+@st.composite
+def damaged(draw, whole: bytes):
+    """``whole`` with a few places overwritten, cut out or doubled, or something else altogether."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=300))
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = min(len(data), start + draw(st.integers(0, 40)))
+        piece = draw(st.one_of(st.binary(max_size=12), st.sampled_from(NASTY)))
+        if draw(st.booleans()):
+            piece += bytes(data[start:end])
+        data[start:end] = piece
+    return bytes(data)
+
+
+NASTY = [
+    *(b"\0", b"\r", b"\n", b'"', b",", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"NaN", b"1e999"),
+    *(b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"-1", b"null", b"Infinity", b"\x1a", b"../"),
+    *(b"\xff" * 4, b"\x00" * 8, b"PK\x01\x02", b"PK\x05\x06", b"\\ud800", b'"' * 3, b",,,,,,"),
+]
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from([10**400, -1, 0, 2**64, "", "../x", "\0", "\ud800", "\x1b[31m"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def edited(values: dict):
+    """``values`` with some of them replaced, removed, or some added."""
+    return st.builds(
+        lambda new, gone, extra: {k: v for k, v in (values | new | extra).items() if k not in gone},
+        st.dictionaries(st.sampled_from(sorted(values)), json_values, max_size=3),
+        st.sets(st.sampled_from(sorted(values)), max_size=1),
+        st.dictionaries(st.text(max_size=8), json_values, max_size=1),
+    )
+
+
+def as_json(value) -> bytes:
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+CONFIG = asdict(Config(classes=("A", "B"), data="/data", versions=("torch 2",)))
+CALIBRATION = asdict(Calibration(1.5, 0.25, 2, 0.04, 0.01, 30))
+METRICS = {
+    **{"accuracy": 0.9, "balanced_accuracy": 0.9, "macro_f1": 0.9, "photo_accuracy": 0.9},
+    **{"accuracy_ci95": [0.8, 1.0], "photo_accuracy_ci95": [0.8, 1.0], "leakage": None},
+    **{"classes": ["A", "B"], "temperature": 1.5},
+}
+SPLIT = b'path,label,subset,photo,part\n/a/1.jpg,A,,p1,train\n"/a/2,\n.jpg",B,TEST,p2,valid\n'
+HISTORY = (
+    b"epoch,train_loss,train_accuracy,valid_loss,valid_accuracy,lr,seconds\n"
+    b"1,1.5,0.25,1.25,0.5,0.001,2.5\n2,1.0,0.5,1.0,0.75,0.001,2.5\n"
+)
+PREDICTIONS = (
+    b"path,label,predicted,confidence,loss,photo,p_A,p_B,distance,nearest\n"
+    b"/1.jpg,A,A,0.9,0.1,p1,0.9,0.1,0.2,/2.jpg\n/3.jpg,B,A,0.6,0.9,p2,0.6,0.4,0.3,/2.jpg\n"
+)
+PHOTOS = b"path,photo\n1.jpg,p1\n2.jpg,p2\n"
+KNOWN = b"digest,original,photo,inliers,margin\n0123456789abcdef,o1,p1,20,10\n"
+OUT = b'path,predicted,p_A\n/1.jpg,A,0.5\n"/2\n.jpg",B,0.25\n'
+OUT_LINES = b'{"path": "/1.jpg", "predicted": "A", "p_A": 0.5}\n' * 2
+
+
+@example(content=b"[" * 100_000)
+@example(content=b'{"lr": ' + b"9" * 5000 + b"}")
+@example(content=b'{"seed": 1e400}')
+@example(content=b'{"lr": ' + b"9" * 400 + b"}")
+@example(content=b"\xff\xfe{}")
+@given(content=damaged(as_json(CONFIG)) | edited(CONFIG).map(as_json))
+@cases(1200)
+def test_config(folder, content):
+    path = folder / "config.json"
+    path.write_bytes(content)
+    config = only_ours(lambda: Config.load(path))
+    if config is not None:
+        config.save(path)
+        assert Config.load(path) == config
+
+
+@example(content=as_json(CALIBRATION | {"temperature": 10**400}))
+@given(content=damaged(as_json(CALIBRATION)) | edited(CALIBRATION).map(as_json))
+@cases(800)
+def test_calibration(folder, content):
+    (folder / "calibration.json").write_bytes(content)
+    found = only_ours(lambda: Run(folder).calibration)
+    assert found is None or found.temperature > 0
+
+
+FEATURES = save({"features": torch.eye(2, 3).half()})
+LISTED = b"path,label,photo\n/1,A,p1\n/2,B,p2\n"
+
+
+@given(tensors=damaged(FEATURES), listed=damaged(LISTED) | st.just(LISTED))
+@cases(400)
+def test_reference(folder, tensors, listed):
+    (folder / "calibration.json").write_bytes(as_json(CALIBRATION))
+    (folder / "reference.safetensors").write_bytes(tensors)
+    (folder / "reference.csv").write_bytes(listed)
+    found = only_ours(lambda: Run(folder).reference)
+    if isinstance(found, Reference):
+        only_ours(lambda: found.nearest(torch.ones(2, 3)))
+
+
+STATE = {
+    **{"epochs_done": 1, "best": 0.5, "wait": 0},
+    "optimizer": {"state": [{"step": 1}], "hypers": [{"lr": 0.1}]},
+}
+
+
+@given(
+    content=edited(STATE).map(
+        lambda state: save({"a": torch.ones(2)}, {"state": json.dumps(state)})
+    )
+    | damaged(save({"opt.0.a": torch.ones(2)}, {"state": json.dumps(STATE)}))
+)
+@cases(800)
+def test_checkpoint(folder, content):
+    (folder / "c.safetensors").write_bytes(content)
+    found = only_ours(lambda: read_checkpoint(folder / "c.safetensors"))
+    assert found is None or 1 <= found[1]["epochs_done"] <= 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "read"),
+    [
+        ("split.csv", SPLIT, lambda run: run.table),
+        ("history.csv", HISTORY, lambda run: run.history),
+        ("photos.csv", PHOTOS, lambda run: with_photos(TABLE, run.path)),
+        ("known.csv", KNOWN, lambda run: known_photos([__file__], run.path / "known.csv")),
+        ("known.csv.xz", KNOWN, lambda run: known_photos([__file__], run.path / "known.csv.xz")),
+    ],
+)
+def test_tables(folder, name, whole, read):
+    @example(content=b"")
+    @example(content=b"path,label,subset,photo,part\n1,2\n")
+    @example(content=b"path,label,subset,photo,part\n1,2,3,4,5,6\n7,8,9,10,11,12\n")
+    @example(content=b"path,path,label,subset,photo,part\n1,2,3,4,5,6\n")
+    @example(content=whole + b'"')
+    @example(content=whole + b"\xff\xed\xa0\x80,,,,\n")
+    @given(content=damaged(whole))
+    @cases(400)
+    def read_it(content):
+        (folder / name).write_bytes(content)
+        found = only_ours(lambda: read(Run(folder)))
+        assert found is None or isinstance(found, pd.DataFrame)
+
+    read_it()
+
+
+TABLE = pd.DataFrame({"path": ["1.jpg", "2.jpg"], "label": "A"})
+
+
+@example(metrics=as_json({k: v for k, v in METRICS.items() if k != "leakage"}), predictions=b"")
+@example(
+    metrics=as_json(METRICS), predictions=b"path,label,predicted,confidence,loss,photo,p_A,p_B\n"
+)
+@example(metrics=as_json(METRICS | {"accuracy": 10**400}), predictions=b"")
+@given(
+    metrics=damaged(as_json(METRICS)) | edited(METRICS).map(as_json) | st.just(as_json(METRICS)),
+    predictions=damaged(PREDICTIONS) | st.just(PREDICTIONS),
+)
+@cases(600)
+def test_results(folder, metrics, predictions):
+    (folder / "metrics.json").write_bytes(metrics)
+    (folder / "predictions.csv").write_bytes(predictions)
+    found = only_ours(lambda: read_results(Run(folder)))
+    if found is not None:
+        assert found.probabilities.dtype == np.float64
+        assert found.confusion_matrix.sum() == len(found.predictions)
+
+
+@pytest.mark.parametrize(("suffix", "whole"), [(".csv", OUT), (".jsonl", OUT_LINES)])
+def test_predictions_to_go_on_with(folder, suffix, whole):
+    @example(content=b"[1]\n")
+    @example(content=b"[" * 100_000 + b"\n")
+    @example(content=b'{"path": 1, "predicted": 2, "p_A": 3}\n')
+    @example(content=b"path,predicted,p_A\n" + b'"' + b"x" * 200_000 + b'",A,1\n')
+    @example(content=b'path,predicted,p_A\n"x\n')
+    @given(content=damaged(whole))
+    @cases(500)
+    def go_on(content):
+        path = folder / f"out{suffix}"
+        path.write_bytes(content)
+        found = only_ours(lambda: PredictionFile(path, ["path", "predicted", "p_A"], resume=True))
+        if found is None:
+            assert path.read_bytes() == content  # refused, and left alone
+        else:
+            assert all(isinstance(name, str) for name in found.done)
+
+    go_on()
+
+
+names = st.text(
+    st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")
+    | st.sampled_from([os.fsdecode(bytes([byte])) for byte in range(0x80, 0x100)])
+    | st.sampled_from('\r\n",\u2028\u0085\x1b'),
+    min_size=1,
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_predictions_of_any_name_come_back(folder, suffix):
+    @example(paths=["a\rb"])
+    @example(paths=["\u2028"])
+    @example(paths=[os.fsdecode(b"\xff")])
+    @given(paths=st.lists(names, max_size=4, unique=True))
+    @cases(300)
+    def come_back(paths):
+        path, columns = folder / f"again{suffix}", ["path", "predicted"]
+        PredictionFile(path, columns).append(pd.DataFrame({"path": paths, "predicted": "A"}))
+        assert PredictionFile(path, columns, resume=True).done == set(paths)
+
+    come_back()
+
+
+@example(values=["a\rb"])
+@example(values=["NA"])
+@example(values=[os.fsdecode(b"\xff")])
+@given(values=st.lists(names, min_size=1, max_size=4))
+@cases(400)
+def test_tables_of_any_name_come_back(folder, values):
+    table = pd.DataFrame({"path": values, "label": values[::-1]})
+    write_table(folder / "t.csv", table)
+    found = read_table(folder / "t.csv", ["path", "label"])
+    assert found.values.tolist() == table.values.tolist()
+
+
+@given(lines=st.lists(st.binary(max_size=30), max_size=4))
+@cases(200)
+def test_lists_of_images(folder, lines):
+    (folder / "list.txt").write_bytes(b"\n".join(lines))
+    for name in find_images([folder / "list.txt"]):
+        assert image_size(name) is None
+
+
+@given(pattern=st.text(st.sampled_from("ab*?[]{}/.\\~!-") | st.characters(), max_size=20))
+@cases(300)
+def test_patterns(folder, pattern):
+    only_ours(lambda: list(find_images([f"{folder}/none/{pattern}".replace("\0", "")])))
+
+
+def archive() -> bytes:
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("A/1.jpg", b"hello" * 20)
+        zipped.writestr("B/2.jpg", bytes(50), compress_type=zipfile.ZIP_STORED)
+        zipped.writestr("B/3.jpg", bytes(50), compress_type=zipfile.ZIP_LZMA)
+        zipped.writestr("B/4.jpg", bytes(50), compress_type=zipfile.ZIP_BZIP2)
+    return buffer.getvalue()
+
+
+member_names = st.text(st.sampled_from("ab./\\:é \0\n") | st.characters(), max_size=8)
+
+
+@st.composite
+def archives(draw):
+    """Well-formed archives of odd members."""
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as zipped:
+        for name in draw(st.lists(member_names, max_size=4)):
+            member = zipfile.ZipInfo(name.encode("utf-8", "replace").decode() or "x")
+            member.external_attr = draw(
+                st.integers(0, 2**32 - 1) | st.sampled_from([0, 0o644 << 16])
+            )
+            zipped.writestr(member, b"x")
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@example(content=archive()[1:])  # members lie before the beginning of the file
+@given(content=damaged(archive()) | archives())
+@cases(1000)
+def test_archives(folder, content):
+    path, target = folder / "x.zip", folder / "deep" / "out"
+    path.write_bytes(content)
+    before = {p for p in folder.rglob("*") if p.name != "deep"}
+    only_ours(lambda: content_key(path))
+    written = only_ours(lambda: unpack(path, target))
+    after = {p for p in folder.rglob("*") if p.name != "deep"}
+    if written is None:
+        assert after == before
+    else:
+        assert all(p.is_relative_to(target) for p in after - before)
+        assert not any(p.is_symlink() for p in after)
+        for p in sorted(after - before, reverse=True):
+            p.rmdir() if p.is_dir() else p.unlink()
+
+
+def picture(kind: str, mode: str = "RGB") -> bytes:
+    image = Image.fromarray(np.arange(27, dtype=np.uint8).reshape(3, 3, 3)).convert(mode)
+    image.save(buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF"])
+def test_images(folder, kind):
+    @example(content=picture(kind))  # Pillow divides by zero where an eighth of it is nothing
+    @given(content=damaged(picture(kind)))
+    @cases(150)
+    def read_it(content):
+        path = folder / "x.jpg"
+        path.write_bytes(content)
+        readable = image_size(path) is not None
+        try:
+            assert open_image(path).mode == "RGB"
+            assert readable
+        except OSError:
+            assert not readable
+
+    read_it()
+
+
+@given(text=st.text())
+@cases(200)
+def test_what_is_shown_gives_a_terminal_no_orders(text):
+    shown = printable(text)
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    shown.encode("utf-8")

@@ -1,0 +1,69 @@
+"""A folder of thousands is indexed, split and planned in bounded time; 100,000 in benchmarks/."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bloodcell_fastai import Config, split_table, train, with_photos
+from bloodcell_fastai.data.dataset import read_folder
+from bloodcell_fastai.serving.inference import find_images
+
+N = 5000
+CLASSES = ("A", "B", "C", "D")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """Small images in nested folders, most of them hard links."""
+    root = tmp_path_factory.mktemp("load") / "set"
+    rng = np.random.default_rng(0)
+    sources = []
+    for number in range(N):
+        folder = root / CLASSES[number % 4] / f"part-{number // 500}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{number}.jpg"
+        if len(sources) < 40:
+            Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).save(path)
+            sources.append(path)
+        else:
+            os.link(sources[number % 40], path)
+    return root
+
+
+def seconds(step) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def test_thousands_of_images_are_planned_in_bounded_time(tree, tmp_path, capsys):
+    config = Config(data=str(tree), arch="resnet18", weights="none", size=32, epochs=1)
+    assert seconds(lambda: train(config, tmp_path, "plan", dry_run=True)) < 60
+    assert "4,000 images train, 1,000 validate" in capsys.readouterr().out
+
+
+def test_a_split_grows_no_faster_than_the_images(tree):
+    """Placing each image by itself as a group would take minutes here."""
+    dataset = read_folder(tree)
+    assert len(dataset.table) == N
+    table = with_photos(dataset.table, dataset.root)
+    many = table.loc[np.tile(table.index, 10)].reset_index(drop=True)
+    many["path"] = many["photo"] = many.path + many.index.astype(str)
+    split = None
+
+    def divide():
+        nonlocal split
+        split = split_table(many)
+
+    assert seconds(divide) < 10
+    assert split.groupby("label").part.value_counts(normalize=True).xs(
+        "valid", level="part"
+    ).tolist() == pytest.approx([0.2] * 4, abs=0.001)
+
+
+def test_images_are_found_one_at_a_time(tree):
+    assert seconds(lambda: list(find_images([tree] * 3))) < 10
