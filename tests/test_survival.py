@@ -534,7 +534,7 @@ def test_images_that_vanish_are_not_missed_where_they_are_cached(
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("images_gone", "No such file"), ("broken_decoder", "IndexError: a bug in a decoder")],
+    [("images_gone", "no such file"), ("broken_decoder", "IndexError: a bug in a decoder")],
 )
 def test_images_that_cannot_be_read_without_a_cache(warm, photos, tmp_path, fault, message):
     copy = shutil.copytree(photos, tmp_path / "photos")

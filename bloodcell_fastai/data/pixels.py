@@ -150,7 +150,7 @@ def stack(paths: Sequence[str], images: Sequence[np.ndarray | OSError]) -> torch
     for path, image in zip(paths, images, strict=True):
         if isinstance(image, OSError):
             raise BloodcellError(
-                f"{path} cannot be read: {image}.",
+                f"{path} cannot be read: {str(image).removeprefix(f'{path}: ')}.",
                 "Put the image back or take it out of the data set, then go on with --resume.",
             )
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
