@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bloodcell_fastai import Config, split_table, train, with_photos
+from bloodcell_fastai import BloodcellError, Config, audit, split_table, train, with_photos
+from bloodcell_fastai.data import provenance
 from bloodcell_fastai.data.dataset import read_folder
 from bloodcell_fastai.serving.inference import find_images
 
@@ -67,3 +68,10 @@ def test_a_split_grows_no_faster_than_the_images(tree):
 
 def test_images_are_found_one_at_a_time(tree):
     assert seconds(lambda: list(find_images([tree] * 3))) < 10
+
+
+def test_too_many_images_to_compare_are_refused_at_once(tree, monkeypatch):
+    monkeypatch.setattr(provenance, "MAX_IMAGES", N - 1)
+    with pytest.raises(BloodcellError, match="5,000 images are too many to compare with") as caught:
+        audit(read_folder(tree))
+    assert "photos.csv" in caught.value.hint

@@ -56,6 +56,8 @@ Progress = Callable[[int, int, str], None]
 COLUMNS = ["path", "original", "photo", "inliers", "margin"]
 KAGGLE_TABLE = Path(__file__).with_name("kaggle_photos.csv.xz")
 
+MAX_IMAGES = 200_000  # 10 GB of features, and hours for the vote, which is quadratic
+
 # Images are compared at this length of their longer side, in pixels. It is the size of Kaggle's
 # copies; larger images are shrunk to it.
 _SIDE = 320
@@ -157,7 +159,16 @@ def find_photos(
         image of another group. Small, even negative, only where two photographs show the same
         field. Both are 0 where an image stands alone.
         An unreadable file stands alone. Byte-identical files belong together.
+
+    Raises:
+        BloodcellError: there are more than 200,000 images, which would take most of a day.
     """
+    if len(paths) > MAX_IMAGES:
+        raise BloodcellError(
+            f"{len(paths):,} images are too many to compare with one another (limit "
+            f"{MAX_IMAGES:,}).",
+            "Say which photograph each is of in photos.csv (path, photo) in the data set's folder.",
+        )
     with _engine(workers, progress) as engine:
         images = _Collection([Path(path) for path in paths], engine, "reading images")
         if originals:
@@ -214,8 +225,8 @@ def with_photos(table: pd.DataFrame, root: Path) -> pd.DataFrame:
         found["path"] = [str(Path(root) / path) for path in found["path"]]
     else:
         found = known_photos(table["path"])
-    photo_of = found.set_index("path")["photo"]
-    return table.assign(photo=table["path"].map(photo_of).fillna(table["path"]))
+    photo_of = dict(zip(found["path"], found["photo"], strict=True))
+    return table.assign(photo=[photo_of.get(path, path) for path in table["path"]])
 
 
 def pair_scores(found: Iterable, truth: Iterable) -> tuple[float, float]:

@@ -350,7 +350,7 @@ def command(tmp_path, monkeypatch, capsys):
             cli.main()
         shown = capsys.readouterr()
         assert "\x1b" not in shown.out + shown.err
-        return ended.value.code, shown.out, shown.err
+        return ended.value.code or 0, shown.out, shown.err
 
     return run
 
