@@ -153,7 +153,7 @@ def _check_classes(classes: tuple[str, ...]) -> None:
 def _typed(name: str, value: object, path: Path) -> object:
     """``value`` if it has the type of the field ``name``; JSON lists become tuples."""
     if name not in {field.name for field in fields(Config)}:
-        raise BloodcellError(f"{path}: unknown option {name!r}.", "Was it edited?")
+        raise BloodcellError(f"{path}: unknown option {name[:100]!r}.", "Was it edited?")
     expected = get_type_hints(Config)[name]
     texts = value if expected == tuple[str, ...] else [value]
     if isinstance(texts, list) and len(texts) <= MOST_ENTRIES:

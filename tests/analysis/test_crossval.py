@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from bloodcell_fastai import BloodcellError, Config, Run, cross_validate, interpret_run
+from bloodcell_fastai.analysis.crossval import resume_folds
 
 
 class Silent:
@@ -60,6 +61,8 @@ def test_every_image_is_predicted_once_by_a_model_that_has_not_seen_it(demo_root
     with pytest.raises(BloodcellError, match="3 models") as caught:
         interpret_run(run)
     assert caught.value.hint.endswith("cv/fold-1")
+    with pytest.raises(BloodcellError, match="All folds of run cv came to their end"):
+        resume_folds(run)
 
 
 @pytest.mark.parametrize("options", [{"folds": 1}, {"folds": 3, "split": "random"}])

@@ -152,7 +152,7 @@ def make_result(labels: list[str], classes: tuple[str, ...], paths=None, photos=
 def make_run(path, result, **options) -> Run:
     """A run of these predictions that has nothing but its options and its table."""
     run, table = Run(path), result.predictions[["path", "label", "photo"]]
-    run.start(Config(data="/data", **options), table.assign(part="valid"))
+    run.start(Config(data="/data", **options), table.assign(subset="", part="valid"))
     return run
 
 

@@ -447,6 +447,6 @@ def test_a_port_that_is_taken(run):
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "bloodcell_fastai.serving.app")
-    with pytest.raises(BloodcellError, match="needs the package gradio") as raised:
+    with pytest.raises(BloodcellError, match="Serving needs the package gradio") as raised:
         importlib.import_module("bloodcell_fastai.serving.app")
     assert raised.value.hint == 'pip install "bloodcell-fastai[serve]"'
