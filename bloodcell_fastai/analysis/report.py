@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastai.vision.all import Learner
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -63,15 +63,7 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
     """The page as HTML; see :func:`write_report`."""
     config, table, history = run.config, run.table, run.history
     heat = _heat_maps(result, learn)
-    environment = Environment(
-        loader=PackageLoader("bloodcell_fastai", "analysis"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "interval": interval, "duration": duration}
-    return environment.get_template("report.html.jinja").render(
+    return load_template("analysis", "report.html.jinja").render(
         run=run.name,
         written=date.today(),
         config=config,
@@ -100,6 +92,19 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         options=asdict(config),
         fingerprint=fingerprint(table, Path(config.data)),
     )
+
+
+def load_template(room: str, name: str) -> Template:
+    """A page's template of this package; it escapes what it is given and knows our filters."""
+    environment = Environment(
+        loader=PackageLoader("bloodcell_fastai", room),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "interval": interval, "duration": duration}
+    return environment.get_template(name)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -16,13 +16,12 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import nn
 
 from ..analysis.explain import network_heat_maps
 from ..analysis.interpretation import read_results
-from ..analysis.report import all_warnings, interval, percent, picture
+from ..analysis.report import all_warnings, load_template, percent, picture
 from ..data.smears import CLASSES, COPY_SIZE, draw_photograph
 from ..data.splits import leakage, photos_known
 from ..errors import BloodcellError
@@ -498,12 +497,4 @@ def _theme() -> gr.themes.Base:
 
 def _template():
     """The fragments of the page, each a function that returns escaped HTML."""
-    environment = Environment(
-        loader=PackageLoader("bloodcell_fastai", "serving"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "interval": interval}
-    return environment.get_template("page.html.jinja").module
+    return load_template("serving", "page.html.jinja").module

@@ -1,7 +1,6 @@
 import json
 import re
 import shlex
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -286,19 +285,6 @@ def test_the_fingerprint_is_that_of_the_data_alone(tmp_path):
     assert fingerprint(table("/here", "valid"), "/here") != here
     assert fingerprint(table("/here").assign(label="A"), "/here") != here
     assert fingerprint(table("/here").assign(fold="1"), "/here") != here
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

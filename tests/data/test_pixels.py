@@ -135,3 +135,12 @@ def test_a_pickle_holds_no_pictures(paths):
     again = pickle.loads(pickled := pickle.dumps(Pixels.open(paths, 64, build=True)))
     assert len(pickled) < 1000
     assert next(again.batches([paths[:1]])).shape == (1, 3, 64, 64)
+
+
+def test_pixels_kept_on_a_device_are_the_same(paths):
+    """As on a GPU with room for them; here the device is the CPU."""
+    pictures = Pixels.open(paths, 64, build=True)
+    expected = next(pictures.batches([paths[:3]]))
+    pictures._on_device = torch.from_numpy(np.array(pictures._cached))
+    pictures._cached = pictures._cached[:0]  # nothing is read from there
+    assert torch.equal(next(pictures.batches([paths[:3]])), expected)

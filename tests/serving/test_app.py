@@ -252,19 +252,6 @@ def test_the_page_reads_no_file_but_those_uploaded(server, paths):
         assert "uploaded" in answer["output"]["error"]
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(scope="module", params=[1280, 390])
 def tab(browser, server, request):
     """The page, at two widths; ``said`` is its console, ``asked`` what it fetches."""

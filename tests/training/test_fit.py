@@ -182,12 +182,16 @@ def test_nan_after_the_last_step_of_an_epoch_is_seen_before_it_is_saved(table, t
 
 
 def test_signals_are_given_back_and_ignored_ones_left_alone():
-    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with StopOnSignal():
-        assert signal.getsignal(signal.SIGINT) != before[0]
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    assert signal.getsignal(signal.SIGINT) is before[0]
-    signal.signal(signal.SIGTERM, before[1])
+    mine = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in mine.items()}
+    try:
+        with StopOnSignal():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_early_stopping(table, tmp_path, monkeypatch):
