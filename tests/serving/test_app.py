@@ -19,6 +19,7 @@ import pytest
 from fastai.vision.all import set_seed
 
 from bloodcell_fastai import BloodcellError, Config, Predictor, Run, interpret_run, split_table
+from bloodcell_fastai.analysis.report import interval, percent
 from bloodcell_fastai.reporter import Reporter
 from bloodcell_fastai.training.fit import make_learner, resolve
 
@@ -284,7 +285,7 @@ def test_upload_and_read_the_answer(tab, paths, expected):
             bar.get_attribute("data-class"): bar.query_selector(".value").inner_text()
             for bar in article.query_selector_all("[data-class]")
         }
-        assert shown == {name[2:]: app.percent(row[name]) for name in row if name.startswith("p_")}
+        assert shown == {name[2:]: percent(row[name]) for name in row if name.startswith("p_")}
         flag = article.query_selector(".flag b")
         assert (flag.inner_text().lower().strip(".") if flag else "") == row["flag"]
         pictures = article.query_selector_all("img")
@@ -320,8 +321,8 @@ def test_too_many_files_on_the_page(tab, tmp_path, paths):
 def test_the_page_tells_the_score_and_its_limits(tab, run):
     metrics = json.loads((run.path / "metrics.json").read_text())
     about = tab.inner_text(".about")
-    assert app.percent(metrics["photo_accuracy"]) in about
-    assert app.interval(metrics["photo_accuracy_ci95"]) in about
+    assert percent(metrics["photo_accuracy"]) in about
+    assert interval(metrics["photo_accuracy_ci95"]) in about
     assert "no validation image has a copy of its photograph in training" in about
     assert "nothing else" in about
     header = tab.inner_text("header.bc")
