@@ -27,7 +27,7 @@ from .callbacks import (
     TimeBatches,
     use_progress,
 )
-from .learner import blood_learner
+from .learner import blood_learner, check_arch
 from .runs import Run
 
 BODY_LR_SHARE = 1 / 3  # pretrained features should change less than the new head
@@ -71,6 +71,7 @@ def make_learner(
         cache: decode all images once and keep them; see ``blood_dls``.
         progress: told how far the decoding has come.
     """
+    check_arch(config.arch)  # before minutes go into decoding images
     set_seed(config.seed)
     dls = config_dls(table, config, cache, progress)
     extras = [MixUp(config.mixup)] if config.mixup else []
