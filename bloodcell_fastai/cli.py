@@ -137,6 +137,9 @@ def fit(
     arch: Annotated[str, typer.Option(help="Any architecture of timm.")] = DEFAULTS.arch,
     weights: Annotated[str, typer.Option(help="auto, imagenet, none or a file.")] = "auto",
     size: Annotated[int, typer.Option(help="Side of the input, in pixels.")] = DEFAULTS.size,
+    crop: Annotated[
+        str, typer.Option(help="cell: a square around the white cell; frame: all of it.")
+    ] = DEFAULTS.crop,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
     lr: Annotated[str, typer.Option(help="Maximum learning rate, or auto: lr_find.")] = "1e-3",
     wd: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULTS.wd,
@@ -152,11 +155,20 @@ def fit(
     ] = DEFAULTS.patience,
     flip: Annotated[bool, typer.Option(help="Flip both ways.")] = DEFAULTS.flip,
     rotate: Annotated[float, typer.Option(help="Rotate by up to so many degrees.")] = 180.0,
-    zoom: Annotated[float, typer.Option(help="Zoom by up to this factor.")] = DEFAULTS.zoom,
+    zoom: Annotated[float, typer.Option(help="Zoom by up to this, in and out.")] = DEFAULTS.zoom,
     warp: Annotated[float, typer.Option(help="Strength of the perspective.")] = DEFAULTS.warp,
     lighting: Annotated[
         float, typer.Option(help="Strength of brightness and contrast.")
     ] = DEFAULTS.lighting,
+    stain: Annotated[
+        float, typer.Option(help="Change of the dyes and of the tint, 0 to 1.")
+    ] = DEFAULTS.stain,
+    sharpness: Annotated[
+        float, typer.Option(help="Blurred and sharpened by up to this share, 0 to 1.")
+    ] = DEFAULTS.sharpness,
+    noise: Annotated[
+        float, typer.Option(help="Largest standard deviation, of colours from 0 to 1.")
+    ] = DEFAULTS.noise,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
     workers: Annotated[int, typer.Option(help="Decoding threads; -1: by the machine.")] = -1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -192,6 +204,7 @@ def fit(
         arch=arch,
         weights=weights,
         size=size,
+        crop=crop,
         epochs=epochs,
         freeze_epochs=freeze_epochs,
         batch_size=batch_size,
@@ -206,6 +219,9 @@ def fit(
         zoom=zoom,
         warp=warp,
         lighting=lighting,
+        stain=stain,
+        sharpness=sharpness,
+        noise=noise,
         workers=workers,
         device=device,
         compile=compile,

@@ -9,6 +9,7 @@ from .files import read_json, write_json
 
 DEFAULT_ARCH = "maxvit_nano_rw_256.sw_in1k"
 SPLITS = ("photo", "official", "random")
+CROPS = ("cell", "frame")
 COMPILE = ("auto", "yes", "no")
 
 
@@ -20,8 +21,10 @@ class Config:
     the one-cycle schedule, 0 to find it with ``lr_find``. ``epochs`` counts all epochs; the
     first ``freeze_epochs`` of them train the head alone (-1: one if the weights are
     pretrained, else none). ``patience`` 0 means no early stopping, ``mixup`` 0 no mixup.
-    ``rotate`` is in degrees; ``zoom``, ``warp`` and ``lighting`` are fastai's ``max_zoom``,
-    ``max_warp`` and ``max_lighting``. ``workers`` counts the threads that decode images, -1
+    ``crop`` is ``cell`` or ``frame``. ``rotate`` is in degrees; ``zoom`` is the largest factor,
+    in and out; ``warp`` and ``lighting`` are fastai's ``max_warp`` and ``max_lighting``;
+    ``stain``, ``sharpness`` and ``noise`` are those of
+    :func:`~bloodcell_fastai.data.augmentation.augmentation`. ``workers`` counts the threads that decode images, -1
     leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``, for ``torch.compile``
     on CUDA.
 
@@ -36,6 +39,7 @@ class Config:
     arch: str = DEFAULT_ARCH
     weights: str = "auto"
     size: int = 256
+    crop: str = "cell"
     epochs: int = 20
     freeze_epochs: int = -1
     batch_size: int = 64
@@ -47,9 +51,12 @@ class Config:
     seed: int = 42
     flip: bool = True
     rotate: float = 180.0
-    zoom: float = 1.1
+    zoom: float = 1.25
     warp: float = 0.1
-    lighting: float = 0.2
+    lighting: float = 0.3
+    stain: float = 0.3
+    sharpness: float = 0.5
+    noise: float = 0.03
     workers: int = -1
     device: str = "auto"
     compile: str = "auto"
@@ -72,6 +79,8 @@ class Config:
         _check_classes(self.classes)
         if self.split not in SPLITS:
             raise usage_error(f"split is {self.split!r}.", f"Use one of: {', '.join(SPLITS)}.")
+        if self.crop not in CROPS:
+            raise usage_error(f"crop is {self.crop!r}.", f"Use one of: {', '.join(CROPS)}.")
         if self.compile not in COMPILE:
             raise usage_error(f"compile is {self.compile!r}.", f"Use one of: {', '.join(COMPILE)}.")
         if self.folds == 1 or (self.folds and self.split != "photo"):
@@ -103,6 +112,7 @@ class Config:
                 wrong type.
         """
         values = read_json(path, "Is this the folder of a run, as fit wrote it?")
+        values.setdefault("crop", "frame")  # a run from before there was a choice
         return cls(**{name: _typed(name, value, path) for name, value in values.items()})
 
 
@@ -125,6 +135,9 @@ _RANGES = (
     ("zoom", 1, 10),
     ("warp", 0, 1),
     ("lighting", 0, 0.99),
+    ("stain", 0, 1),
+    ("sharpness", 0, 1),
+    ("noise", 0, 1),
     ("workers", -1, 1024),
     ("folds", 0, 1000),
 )

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.blocks import image_dls
+from ..data.framing import crop_box
 from ..errors import BloodcellError
 
 BATCH_SIZE = 16  # gradients need several times the memory of a prediction
@@ -36,7 +37,7 @@ def heat_maps(
 
     Args:
         learn: from :func:`~bloodcell_fastai.blood_learner`.
-        paths: n image files, squeezed to the model's input as validation pictures are.
+        paths: n image files, cut and squeezed to the model's input as validation pictures are.
         targets: for each image the index of the class to explain; the predicted ones if None.
 
     Returns:
@@ -48,13 +49,14 @@ def heat_maps(
         BloodcellError: the architecture has no features with a place in the image.
         OSError: an image cannot be read.
     """
-    return network_heat_maps(learn.model, learn.arch, learn.size, paths, targets)
+    return network_heat_maps(learn.model, learn.arch, learn.size, learn.crop, paths, targets)
 
 
 def network_heat_maps(
     network: nn.Sequential,
     arch: str,
     size: int,
+    crop: str,
     paths: Sequence[str | Path],
     targets: Sequence[int] | None = None,
 ) -> np.ndarray:
@@ -64,6 +66,7 @@ def network_heat_maps(
         network: ``TimmBody`` and ``TimmHead`` of one timm model, as a learner's ``model`` is.
         arch: its architecture, whose normalisation it expects.
         size: side of its input, in pixels.
+        crop: ``cell`` or ``frame``, what it was trained on.
         paths: see :func:`heat_maps`.
         targets: see :func:`heat_maps`.
     """
@@ -74,6 +77,7 @@ def network_heat_maps(
         arch,
         size,
         BATCH_SIZE,
+        crop,
         device=next(network.parameters()).device,
     )
     tap = nn.Identity()
@@ -88,20 +92,23 @@ def network_heat_maps(
     return torch.cat(maps).numpy()
 
 
-def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
+def overlay(image: Image.Image, heat: np.ndarray, crop: str = "cell") -> Image.Image:
     """A heat map laid over its image, clear where it is cold.
 
     Args:
         image: the original, of any size and aspect.
-        heat: float (h, w) from 0 to 1, one of :func:`heat_maps`; stretched to the image, as the
-            image was squeezed to the model's input.
+        heat: float (h, w) from 0 to 1, one of :func:`heat_maps`; stretched over the part of the
+            image that the model has seen.
+        crop: ``cell`` or ``frame``, which part that is.
 
     Returns:
         An RGB image of the size of ``image``.
     """
     picture = np.asarray(image.convert("RGB"), np.float32)
-    stretched = Image.fromarray(np.asarray(heat, np.float32)).resize(image.size, Image.BILINEAR)
-    values = np.asarray(stretched)
+    left, top, right, bottom = crop_box(image.convert("RGB"), crop)
+    part = Image.fromarray(np.asarray(heat, np.float32))
+    values = np.zeros(picture.shape[:2], np.float32)
+    values[top:bottom, left:right] = part.resize((right - left, bottom - top), Image.BILINEAR)
     opacity = STRENGTH * values[..., None]
     blended = (1 - opacity) * picture + opacity * 255 * colormaps[COLOURS](values)[..., :3]
     return Image.fromarray(blended.round().astype(np.uint8))

@@ -85,7 +85,7 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         folds=_read_folds(run, config.folds),
         reliability=_figure(figures.plot_reliability(result)),
         coverage=_figure(figures.plot_coverage(result)),
-        gallery=_gallery(result, table, Path(config.data), heat),
+        gallery=_gallery(result, table, config, heat),
         no_heat=_why_no_heat(config, heat),
         calibration=None if config.folds else run.calibration,
         command=fit_command(config),
@@ -247,9 +247,10 @@ def _why_no_heat(config: Config, heat: np.ndarray | None) -> str:
 
 
 def _gallery(
-    result: Evaluation, table: pd.DataFrame, root: Path, heat: np.ndarray | None
+    result: Evaluation, table: pd.DataFrame, config: Config, heat: np.ndarray | None
 ) -> list[dict]:
     """What the page shows of each image of the gallery."""
+    root = Path(config.data)
     labels = dict(zip(table.path, table.label, strict=True))
     tiles = []
     for number, row in enumerate(_worst(result).to_dict("records")):
@@ -262,7 +263,7 @@ def _gallery(
                 "distance": row.get("distance"),
                 "path": _relative(row["path"], root),
                 "image": picture(row["path"]),
-                "heat": None if heat is None else picture(row["path"], heat[number]),
+                "heat": None if heat is None else picture(row["path"], heat[number], config.crop),
                 "nearest": nearest
                 and {
                     "label": labels.get(nearest, "label unknown"),
@@ -289,13 +290,14 @@ def _relative(path: str, root: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def picture(path: str, heat: np.ndarray | None = None) -> str | None:
-    """An image file, at will under a heat map, as a small data URI; None if it is gone."""
+def picture(path: str, heat: np.ndarray | None = None, crop: str = "cell") -> str | None:
+    """An image file, at will under a heat map of what ``crop`` leaves of it, as a small data
+    URI; None if it is gone."""
     try:
         image = open_image(path)
     except OSError:
         return None
-    return _data_uri(image if heat is None else overlay(image, heat))
+    return _data_uri(image if heat is None else overlay(image, heat, crop))
 
 
 def _data_uri(image: Image.Image) -> str:

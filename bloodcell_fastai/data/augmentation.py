@@ -11,39 +11,55 @@ from fastai.vision.all import (
     aug_transforms,
 )
 from fastai.vision.augment import find_coeffs
+from torchvision.transforms.functional import gaussian_blur
 
+# Optical densities in red, green and blue of haematoxylin, eosin and DAB, a row for each, by
+# Ruifrok and Johnston (2001); scikit-image has them as rgb_from_hed.
+DYES = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 EPSILON = 1e-7  # keeps the logit of black and white finite, as in fastai
 
 
 def augmentation(
     flip: bool = True,
     rotate: float = 180.0,
-    zoom: float = 1.1,
+    zoom: float = 1.25,
     warp: float = 0.1,
-    lighting: float = 0.2,
+    lighting: float = 0.3,
+    stain: float = 0.3,
+    sharpness: float = 0.5,
+    noise: float = 0.03,
 ) -> list:
-    """fastai's ``aug_transforms`` for cells, which have no up and no left, in one transform.
+    """Transforms of whole batches that make pictures of cells vary as laboratories do.
+
+    Place, perspective and light are fastai's ``aug_transforms``, in one transform; cells have
+    no up and no left. Stain, sharpness and noise are further transforms.
 
     Args:
         flip: flip both ways and turn by right angles, each with half the pictures.
         rotate: largest angle, in degrees.
-        zoom: largest factor.
+        zoom: largest factor, in and out.
         warp: strength of the perspective, 0 to 1.
         lighting: strength of brightness and contrast, 0 to 1.
+        stain: see :class:`Stain`.
+        sharpness: see :class:`Sharpness`.
+        noise: see :class:`Noise`.
 
     Returns:
-        A list for ``batch_tfms``: empty if everything is off. Edges are mirrored: black corners
+        A list for ``batch_tfms`` without what is off. Edges are mirrored: black corners
         would imitate those that the copies of the Kaggle set have.
     """
     transforms = aug_transforms(
         do_flip=flip,
         flip_vert=True,
         max_rotate=rotate,
+        min_zoom=1 / zoom,
         max_zoom=zoom,
         max_warp=warp,
         max_lighting=lighting,
     )
-    return [FusedAugmentation(transforms)] if transforms else []
+    fused = [FusedAugmentation(transforms)] if transforms else []
+    extras = ((Stain, stain), (Sharpness, sharpness), (Noise, noise))
+    return fused + [transform(strength) for transform, strength in extras if strength]
 
 
 class FusedAugmentation(DisplayedTransform):
@@ -98,6 +114,82 @@ class FusedAugmentation(DisplayedTransform):
             return matrices.as_subclass(torch.Tensor), torch.zeros(len(x)), torch.ones(len(x))
         brightness, contrast = changes
         return matrices.as_subclass(torch.Tensor), torch.logit(brightness), contrast
+
+
+class Stain(DisplayedTransform):
+    """Another amount of each dye, and light of another tint, for every picture of a batch.
+
+    The optical densities are taken apart into haematoxylin, eosin and the rest (Ruifrok and
+    Johnston 2001), each is multiplied by a factor, and they are put together again (Tellez et
+    al. 2018). The tint is a factor for each of red, green and blue.
+
+    Args:
+        strength: the dyes' factors lie within 1 - strength and 1 + strength, the densities
+            that the tint adds within a third of it.
+    """
+
+    order, split_idx = LightingTfm.order, 0
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def encodes(self, x: TensorImage):
+        """Pictures (n, 3, size, size), float32 from 0 to 1."""
+        factors = 1 + self.strength * (2 * torch.rand(len(x), 3) - 1)
+        tints = self.strength / 3 * (2 * torch.rand(len(x), 3) - 1)
+        pictures = x.as_subclass(torch.Tensor)
+        mixed = DYES.inverse() @ torch.diag_embed(factors) @ DYES  # (n, 3, 3), for row vectors
+        return TensorImage(restain(pictures, mixed.to(x.device), tints.to(x.device)))
+
+
+class Sharpness(DisplayedTransform):
+    """Each picture of a batch a little blurred or sharpened.
+
+    Args:
+        strength: a picture is moved by up to this share of the difference to its blurred self,
+            away or, twice as far, towards it.
+    """
+
+    order, split_idx = LightingTfm.order + 1, 0
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def encodes(self, x: TensorImage):
+        """Pictures (n, 3, size, size), float32 from 0 to 1."""
+        shares = (self.strength * (3 * torch.rand(len(x), 1, 1, 1) - 1)).to(x.device)
+        pictures = x.as_subclass(torch.Tensor)
+        sigma = pictures.shape[-1] / 100
+        blurred = gaussian_blur(pictures, [2 * round(2 * sigma) + 1] * 2, [sigma] * 2)
+        return TensorImage(torch.lerp(pictures, blurred, shares.clamp(max=1)).clamp_(0, 1))
+
+
+class Noise(DisplayedTransform):
+    """Gaussian noise on each picture of a batch.
+
+    Args:
+        strength: the largest standard deviation, where colours go from 0 to 1.
+    """
+
+    order, split_idx = LightingTfm.order + 2, 0
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def encodes(self, x: TensorImage):
+        """Pictures (n, 3, size, size), float32 from 0 to 1."""
+        deviations = (self.strength * torch.rand(len(x), 1, 1, 1)).to(x.device)
+        pictures = x.as_subclass(torch.Tensor)
+        noise = torch.randn(pictures.shape, device=x.device)
+        return TensorImage((pictures + noise * deviations).clamp_(0, 1))
+
+
+def restain(pictures: torch.Tensor, mixed: torch.Tensor, tints: torch.Tensor) -> torch.Tensor:
+    """Pictures (n, 3, height, width), 0 to 1, whose optical densities are multiplied by matrices
+    (n, 3, 3), as row vectors, and shifted by ``tints`` (n, 3)."""
+    densities = -torch.log(pictures.clamp(min=1 / 255)).flatten(2)
+    changed = torch.baddbmm(tints[:, :, None], mixed.transpose(1, 2), densities)
+    return torch.exp(-changed).clamp_(0, 1).view_as(pictures)
 
 
 def resample(pictures: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from fastai.vision.all import (
     TensorCategory,
     TensorImage,
     TfmdDL,
+    Transform,
     default_device,
 )
 
@@ -28,6 +29,7 @@ from ..config import DEFAULT_ARCH, Config
 from ..errors import BloodcellError
 from .augmentation import augmentation
 from .dataset import Progress, no_progress, open_image
+from .framing import crop_box
 from .pixels import Pixels
 
 
@@ -88,6 +90,7 @@ def blood_dls(
     bs: int = 64,
     classes: Sequence[str] | None = None,
     batch_tfms: list | None = None,
+    crop: str = "cell",
     threads: int | None = None,
     device=None,
     cache: bool = True,
@@ -103,6 +106,8 @@ def blood_dls(
         classes: names in the order of the model's outputs; those of the training part, sorted,
             by default.
         batch_tfms: augmentation on the device, :func:`augmentation` by default.
+        crop: ``cell`` to show the network a square around the white cell, ``frame`` for the
+            whole picture; see :mod:`~bloodcell_fastai.data.framing`.
         threads: decoding threads; as many as there are processors, at most 8, by default.
         device: torch device; fastai's default device if not given.
         cache: decode all images of the table once and keep them for the next time, if the disk
@@ -133,10 +138,10 @@ def blood_dls(
         get_x=ColReader("path"),
         get_y=ColReader("label"),
         splitter=IndexSplitter(used.index[used.part == "valid"]),
-        item_tfms=item_transforms(size),
+        item_tfms=item_transforms(size, crop),
         batch_tfms=[*(augmentation() if batch_tfms is None else batch_tfms), normalization(arch)],
     )
-    pixels = Pixels.open(table.path, size, cache, threads, progress)
+    pixels = Pixels.open(table.path, size, crop, cache, threads, progress)
     device = torch.device(device or default_device())
     return _loaders(block, used, bs, prediction_batch_size(device, size), pixels, device)
 
@@ -146,6 +151,7 @@ def image_dls(
     arch: str = DEFAULT_ARCH,
     size: int = 256,
     bs: int | None = None,
+    crop: str = "cell",
     threads: int | None = None,
     device=None,
     pixels: Pixels | None = None,
@@ -160,14 +166,14 @@ def image_dls(
         blocks=(ImageBlock(cls=BloodImage),),
         get_x=ColReader("path"),
         splitter=_all_valid,
-        item_tfms=item_transforms(size),
+        item_tfms=item_transforms(size, crop),
         batch_tfms=[normalization(arch)],
         n_inp=1,
     )
     table = pd.DataFrame({"path": [str(path) for path in paths]})
     device = torch.device(device or default_device())
     bs = bs or prediction_batch_size(device, size)
-    return _loaders(block, table, bs, bs, pixels or Pixels(size, threads), device)
+    return _loaders(block, table, bs, bs, pixels or Pixels(size, crop, threads), device)
 
 
 def config_dls(
@@ -181,8 +187,16 @@ def config_dls(
         bs=config.batch_size,
         classes=config.classes or None,
         batch_tfms=augmentation(
-            config.flip, config.rotate, config.zoom, config.warp, config.lighting
+            config.flip,
+            config.rotate,
+            config.zoom,
+            config.warp,
+            config.lighting,
+            config.stain,
+            config.sharpness,
+            config.noise,
         ),
+        crop=config.crop,
         threads=config.workers if config.workers > 0 else None,
         device=pick_device(config.device),
         cache=cache,
@@ -190,10 +204,29 @@ def config_dls(
     )
 
 
-def item_transforms(size: int) -> list:
+class Crop(Transform):
+    """Cut a picture to what :func:`~bloodcell_fastai.data.framing.crop_box` chooses."""
+
+    order = -5  # before fastai's Resize
+
+    def __init__(self, crop: str):
+        self.crop = crop
+
+    def encodes(self, x: PILImage):
+        """The part, a picture of the same type."""
+        return x.crop(crop_box(x, self.crop))
+
+
+def item_transforms(size: int, crop: str = "cell") -> list:
     """What fastai does to a single image, as :func:`~bloodcell_fastai.data.pixels.decode` does
-    to those of a table: squeeze it to a square."""
-    return [Resize(size, method=ResizeMethod.Squish)]
+    to those of a table: cut it and squeeze it to a square."""
+    return [Crop(crop), Resize(size, method=ResizeMethod.Squish)]
+
+
+def used_crop(dls: DataLoaders) -> str:
+    """Which part of a picture ``dls`` shows, ``cell`` or ``frame``; all of it if fastai made
+    them without :class:`Crop`."""
+    return next((t.crop for t in dls.after_item.fs if isinstance(t, Crop)), "frame")
 
 
 def normalization(arch: str) -> Normalize:

@@ -15,32 +15,34 @@ from PIL import Image
 from ..errors import BloodcellError
 from ..files import atomic_path, sole_writer
 from .dataset import Progress, no_progress, open_image
+from .framing import crop_box
 
-CACHE_VERSION = 2  # raise it when decode() gives other pixels
+CACHE_VERSION = 3  # raise it when decode() gives other pixels
 SPARE_DISK = 2**30  # bytes the cache leaves free
 BATCHES_AHEAD = 2
 
 
-def decode(path: str | Path, size: int) -> np.ndarray:
-    """An image squeezed to a square, uint8 (size, size, 3): what fastai's ``Resize(size,
-    ResizeMethod.Squish)`` makes of it, bit for bit.
-
-    Nothing is cut: the cell sits anywhere in the frame, so that a crop could lose it.
+def decode(path: str | Path, size: int, crop: str = "cell") -> np.ndarray:
+    """The part of an image that :func:`crop_box` chooses, squeezed to a square: uint8
+    (size, size, 3), what fastai's ``Resize(size, ResizeMethod.Squish)`` makes of it, bit for bit.
 
     Raises:
         OSError: the image cannot be read.
     """
-    return np.asarray(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
+    image = open_image(path)
+    part = image.crop(crop_box(image, crop))
+    return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def decode_ahead(
-    chunks: Iterable[Sequence[str]], size: int, threads: int | None = None
+    chunks: Iterable[Sequence[str]], size: int, crop: str, threads: int | None = None
 ) -> Iterator[tuple[Sequence[str], list[np.ndarray | OSError]]]:
     """Decode chunk after chunk in threads, a few chunks ahead of the consumer.
 
     Args:
         chunks: paths, a batch at a time; drawn from as they are needed.
         size: side of the square, in pixels.
+        crop: ``cell`` or ``frame``, see :func:`crop_box`.
         threads: how many decode; as many as there are processors, at most 8, if None.
 
     Yields:
@@ -50,7 +52,7 @@ def decode_ahead(
     waiting: deque[tuple[Sequence[str], list[Future]]] = deque()
     try:
         for chunk in chunks:
-            waiting.append((chunk, [pool.submit(_try_decode, path, size) for path in chunk]))
+            waiting.append((chunk, [pool.submit(_try_decode, path, size, crop) for path in chunk]))
             if len(waiting) > BATCHES_AHEAD:
                 yield _finished(*waiting.popleft())
         while waiting:
@@ -64,6 +66,7 @@ class Pixels:
 
     Args:
         size: side of the square, in pixels.
+        crop: ``cell`` or ``frame``, see :func:`crop_box`.
         threads: see :func:`decode_ahead`.
         cached: uint8 (images, size, size, 3), or None.
         rows: the row of each path in ``cached``.
@@ -72,11 +75,12 @@ class Pixels:
     def __init__(
         self,
         size: int,
+        crop: str = "cell",
         threads: int | None = None,
         cached: np.ndarray | None = None,
         rows: dict[str, int] | None = None,
     ):
-        self.size, self.threads, self.rows = size, threads, rows or {}
+        self.size, self.crop, self.threads, self.rows = size, crop, threads, rows or {}
         self._cached = cached
         self._on_device: torch.Tensor | None = None
 
@@ -85,6 +89,7 @@ class Pixels:
         cls,
         paths: Sequence[str],
         size: int,
+        crop: str = "cell",
         build: bool = False,
         threads: int | None = None,
         progress: Progress = no_progress,
@@ -97,13 +102,13 @@ class Pixels:
             BloodcellError: an image cannot be read (with ``build``).
         """
         paths = sorted(set(map(str, paths)))
-        file = cache_file(paths, size)
+        file = cache_file(paths, size, crop)
         cached = _load(file, len(paths), size) if file else None
         if cached is None and file and build:
-            cached = _load_or_build(file, paths, size, threads, progress)
+            cached = _load_or_build(file, paths, size, crop, threads, progress)
         if cached is None:
-            return cls(size, threads)
-        return cls(size, threads, cached, {path: row for row, path in enumerate(paths)})
+            return cls(size, crop, threads)
+        return cls(size, crop, threads, cached, {path: row for row, path in enumerate(paths)})
 
     def __getstate__(self) -> dict:
         """What a pickle keeps, such as fastai's ``learn.export``: no pictures."""
@@ -124,7 +129,7 @@ class Pixels:
             BloodcellError: an image cannot be read.
         """
         if self._cached is None:
-            for chunk, images in decode_ahead(chunks, self.size, self.threads):
+            for chunk, images in decode_ahead(chunks, self.size, self.crop, self.threads):
                 yield stack(chunk, images)
             return
         for chunk in chunks:
@@ -132,7 +137,7 @@ class Pixels:
 
     def _gather(self, paths: Sequence[str]) -> torch.Tensor:
         if any(path not in self.rows for path in paths):  # an image that came later
-            return stack(paths, [_try_decode(path, self.size) for path in paths])
+            return stack(paths, [_try_decode(path, self.size, self.crop) for path in paths])
         rows = np.array([self.rows[path] for path in paths])
         if self._on_device is not None:
             images = self._on_device[torch.from_numpy(rows).to(self._on_device.device)]
@@ -163,16 +168,16 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bloodcell_fastai")
 
 
-def cache_file(paths: Sequence[str], size: int) -> Path | None:
+def cache_file(paths: Sequence[str], size: int, crop: str) -> Path | None:
     """Where the decoded images of ``paths`` belong: the name changes with the list of files,
-    with the length or time of any, and with the size. None if a file is missing."""
+    with the length or time of any, with the size and with the crop. None if a file is missing."""
     names = _digest(*paths)
     try:
         states = [os.stat(path) for path in paths]  # noqa: PTH116 thousands of times: speed
     except OSError:
         return None
     contents = _digest(*(f"{state.st_size} {state.st_mtime_ns}" for state in states))
-    return cache_root() / f"{names}-{size}px-{contents}-v{CACHE_VERSION}.npy"
+    return cache_root() / f"{names}-{size}px_{crop}-{contents}-v{CACHE_VERSION}.npy"
 
 
 def clear_cache() -> int:
@@ -186,14 +191,19 @@ def clear_cache() -> int:
 
 
 def _load_or_build(
-    file: Path, paths: Sequence[str], size: int, threads: int | None, progress: Progress
+    file: Path,
+    paths: Sequence[str],
+    size: int,
+    crop: str,
+    threads: int | None,
+    progress: Progress,
 ) -> np.ndarray | None:
     """The cache, made if another process has not made it meanwhile; None if it cannot be kept."""
     try:
         with sole_writer(file.parent):
             cached = _load(file, len(paths), size)
             if cached is None and _has_room(file, len(paths), size):
-                _build(file, paths, size, threads, progress)
+                _build(file, paths, size, crop, threads, progress)
                 cached = _load(file, len(paths), size)
             return cached
     except OSError:  # a full disk, a folder that is not ours: the images are decoded as they come
@@ -201,7 +211,12 @@ def _load_or_build(
 
 
 def _build(
-    file: Path, paths: Sequence[str], size: int, threads: int | None, progress: Progress
+    file: Path,
+    paths: Sequence[str],
+    size: int,
+    crop: str,
+    threads: int | None,
+    progress: Progress,
 ) -> None:
     shape = (len(paths), size, size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -210,7 +225,7 @@ def _build(
         np.lib.format.write_array_header_1_0(output, header)
         done, step = 0, 64
         chunks = (paths[start : start + step] for start in range(0, len(paths), step))
-        for chunk, decoded in decode_ahead(chunks, size, threads):
+        for chunk, decoded in decode_ahead(chunks, size, crop, threads):
             output.write(stack(chunk, decoded).permute(0, 2, 3, 1).numpy().tobytes())
             done += len(chunk)
             progress("Decoding images", done, len(paths))
@@ -237,9 +252,9 @@ def _finished(chunk: Sequence[str], futures: list[Future]) -> tuple[Sequence[str
     return chunk, [future.result() for future in futures]
 
 
-def _try_decode(path: str, size: int) -> np.ndarray | OSError:
+def _try_decode(path: str, size: int, crop: str) -> np.ndarray | OSError:
     try:
-        return decode(path, size)
+        return decode(path, size, crop)
     except OSError as error:
         return error
     except Exception as error:  # a decoder that fails in its own way, or has no memory left

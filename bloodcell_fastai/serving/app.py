@@ -160,7 +160,7 @@ class Service:
         network = nn.Sequential(TimmBody(model), TimmHead(model))
         try:
             with self._lock:
-                return network_heat_maps(network, config.arch, config.size, paths)
+                return network_heat_maps(network, config.arch, config.size, config.crop, paths)
         except BloodcellError:  # it keeps no features with a place in the image
             return [None] * len(paths)
 
@@ -433,7 +433,9 @@ def _cards(service: Service, paths: Sequence[str]) -> tuple[list[dict], list[str
         | {
             "file": Path(row["path"]).name,
             "image": picture(row["path"]),
-            "heat": None if warm is None else picture(row["path"], warm),
+            "heat": None
+            if warm is None
+            else picture(row["path"], warm, service.predictor.config.crop),
             "bars": sorted(
                 ((name, row[f"p_{name}"]) for name in service.card.classes),
                 key=lambda bar: -bar[1],

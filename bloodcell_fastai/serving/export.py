@@ -21,6 +21,7 @@ from ..analysis.interpretation import load_learner
 from ..config import Config
 from ..data.blocks import image_dls, normalization
 from ..data.dataset import open_image
+from ..data.framing import crop_box
 from ..data.pixels import decode
 from ..errors import BloodcellError, usage_error
 from ..files import atomic_path, write_text
@@ -41,10 +42,15 @@ CHECKED_IMAGES = 32
 BATCH = 16
 TIMED_SECONDS = 2.0
 PREPROCESSING = (
-    "images: uint8 RGB (n, height, width, 3), any height and width, not normalised. The graph "
+    "images: uint8 RGB (n, height, width, 3), any height and width, not normalised; {part}. The graph "
     "resizes them to {size} x {size} (bilinear with antialiasing, aspect ratio not kept), scales "
     "to 0..1 and normalises. probabilities: float32 (n, {classes}), rows sum to 1."
 )
+
+PARTS = {
+    "cell": "the square around the white cell that bloodcell_fastai.data.framing.crop_box gives",
+    "frame": "the whole picture",
+}
 
 
 def export_run(
@@ -284,7 +290,9 @@ def _graph_metadata(run: Run) -> dict[str, str]:
     mean, std = _statistics(config.arch)
     return {
         "classes": json.dumps(config.classes),
-        "preprocessing": PREPROCESSING.format(size=config.size, classes=len(config.classes)),
+        "preprocessing": PREPROCESSING.format(
+            size=config.size, classes=len(config.classes), part=PARTS[config.crop]
+        ),
         "size": str(config.size),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
@@ -309,14 +317,15 @@ def _check_graph(run: Run, path: Path, paths: list[str]) -> list[str]:
     session = InferenceSession(path, providers=["CPUExecutionProvider"])
     predict = _predictor(run)
     images = [open_image(name) for name in paths]
-    resized = np.stack([decode(name, config.size) for name in paths])
+    parts = [image.crop(crop_box(image, config.crop)) for image in images]
+    resized = np.stack([decode(name, config.size, config.crop) for name in paths])
     network = _difference(
         _in_batches(lambda batch: _run(session, batch), resized),
         _in_batches(lambda batch: predict(_normalised(batch, config.arch)), resized),
     )
-    dls = image_dls(paths, config.arch, config.size, BATCH, device="cpu")
+    dls = image_dls(paths, config.arch, config.size, BATCH, config.crop, device="cpu")
     whole = _difference(
-        np.concatenate([_run(session, np.asarray(image)[None]) for image in images]),
+        np.concatenate([_run(session, np.asarray(part)[None]) for part in parts]),
         np.concatenate([predict(batch) for (batch,) in dls.valid]),
     )
     _refuse(network, MAX_DIFFERENCE, "for the same pixels", paths)

@@ -151,7 +151,7 @@ class Predictor:
         """
         names = map(str, paths)
         chunks = iter(lambda: list(itertools.islice(names, self.batch_size)), [])
-        for chunk, images in decode_ahead(chunks, self.config.size):
+        for chunk, images in decode_ahead(chunks, self.config.size, self.config.crop):
             decoded = dict(zip(chunk, images, strict=True))
             unreadable = [path for path in chunk if isinstance(decoded[path], OSError)]
             readable = [path for path in chunk if not isinstance(decoded[path], OSError)]

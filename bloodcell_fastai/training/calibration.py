@@ -143,6 +143,7 @@ def calibrate(learn: Learner, run: Run) -> Calibration:
         table.path,
         config.arch,
         config.size,
+        crop=config.crop,
         device=learn.dls.device,
         pixels=getattr(learn.dls.train, "pixels", None),  # decoded for the training already
     )

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..config import DEFAULT_ARCH
+from ..data.blocks import used_crop
 from ..errors import BloodcellError, usage_error
 from .callbacks import measure_on_device, precision_callback
 from .optimizer import FusedAdam
@@ -100,8 +101,9 @@ def blood_learner(
 
     Returns:
         The learner. ``learn.weights_used`` says in a few words what the model started from
-        and ``learn.pretrained`` whether that was training of any kind; ``learn.arch`` and
-        ``learn.size`` are the architecture and the side of its input.
+        and ``learn.pretrained`` whether that was training of any kind; ``learn.arch``,
+        ``learn.size`` and ``learn.crop`` are the architecture, the side of its input and the
+        part of a picture that it sees.
 
     Raises:
         BloodcellError: unknown architecture, a size it cannot take, weights that cannot be had
@@ -127,6 +129,7 @@ def blood_learner(
         )
     measure_on_device(learn)
     learn.arch, learn.size, learn.weights_used = arch, size, weights_used
+    learn.crop = used_crop(dls)
     learn.recorder.train_metrics = True
     return learn.add_cbs([ChannelsLast(), *precision_callback(dls.device)])
 
