@@ -24,8 +24,8 @@ class Config:
     ``crop`` is ``cell`` or ``frame``. ``rotate`` is in degrees; ``zoom`` is the largest factor,
     in and out; ``warp`` and ``lighting`` are fastai's ``max_warp`` and ``max_lighting``;
     ``stain``, ``sharpness`` and ``noise`` are those of
-    :func:`~bloodcell_fastai.data.augmentation.augmentation`. ``workers`` counts the threads that decode images, -1
-    leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``, for ``torch.compile``
+    :func:`~bloodcell_fastai.data.augmentation.augmentation`. ``workers`` counts the threads
+    that decode images, -1 leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``, for ``torch.compile``
     on CUDA.
 
     The fields from ``classes`` on are filled in by the run itself.
@@ -54,8 +54,8 @@ class Config:
     zoom: float = 1.25
     warp: float = 0.1
     lighting: float = 0.3
-    stain: float = 0.3
-    sharpness: float = 0.5
+    stain: float = 0.4
+    sharpness: float = 0.7
     noise: float = 0.03
     workers: int = -1
     device: str = "auto"

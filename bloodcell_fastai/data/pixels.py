@@ -15,7 +15,7 @@ from PIL import Image
 from ..errors import BloodcellError
 from ..files import atomic_path, sole_writer
 from .dataset import Progress, no_progress, open_image
-from .framing import crop_box
+from .framing import framed
 
 CACHE_VERSION = 3  # raise it when decode() gives other pixels
 SPARE_DISK = 2**30  # bytes the cache leaves free
@@ -23,14 +23,13 @@ BATCHES_AHEAD = 2
 
 
 def decode(path: str | Path, size: int, crop: str = "cell") -> np.ndarray:
-    """The part of an image that :func:`crop_box` chooses, squeezed to a square: uint8
+    """What :func:`~bloodcell_fastai.data.framing.framed` leaves of an image, squeezed to a square: uint8
     (size, size, 3), what fastai's ``Resize(size, ResizeMethod.Squish)`` makes of it, bit for bit.
 
     Raises:
         OSError: the image cannot be read.
     """
-    image = open_image(path)
-    part = image.crop(crop_box(image, crop))
+    part = framed(open_image(path), crop)
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -42,7 +41,7 @@ def decode_ahead(
     Args:
         chunks: paths, a batch at a time; drawn from as they are needed.
         size: side of the square, in pixels.
-        crop: ``cell`` or ``frame``, see :func:`crop_box`.
+        crop: ``cell`` or ``frame``, see :func:`framed`.
         threads: how many decode; as many as there are processors, at most 8, if None.
 
     Yields:
@@ -66,7 +65,7 @@ class Pixels:
 
     Args:
         size: side of the square, in pixels.
-        crop: ``cell`` or ``frame``, see :func:`crop_box`.
+        crop: ``cell`` or ``frame``, see :func:`framed`.
         threads: see :func:`decode_ahead`.
         cached: uint8 (images, size, size, 3), or None.
         rows: the row of each path in ``cached``.
