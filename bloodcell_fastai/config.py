@@ -25,8 +25,8 @@ class Config:
     in and out; ``warp`` and ``lighting`` are fastai's ``max_warp`` and ``max_lighting``;
     ``stain``, ``sharpness`` and ``noise`` are those of
     :func:`~bloodcell_fastai.data.augmentation.augmentation`. ``workers`` counts the threads
-    that decode images, -1 leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``, for ``torch.compile``
-    on CUDA.
+    that decode images, -1 leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``,
+    for ``torch.compile`` on CUDA.
 
     The fields from ``classes`` on are filled in by the run itself.
 

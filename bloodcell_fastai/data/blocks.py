@@ -207,7 +207,7 @@ def config_dls(
 class Crop(Transform):
     """What :func:`~bloodcell_fastai.data.framing.framed` leaves of a picture."""
 
-    order = -5  # before fastai's Resize
+    order = Resize.order - 1
 
     def __init__(self, crop: str):
         self.crop = crop

@@ -23,8 +23,9 @@ BATCHES_AHEAD = 2
 
 
 def decode(path: str | Path, size: int, crop: str = "cell") -> np.ndarray:
-    """What :func:`~bloodcell_fastai.data.framing.framed` leaves of an image, squeezed to a square: uint8
-    (size, size, 3), what fastai's ``Resize(size, ResizeMethod.Squish)`` makes of it, bit for bit.
+    """What :func:`~bloodcell_fastai.data.framing.framed` leaves of an image, squeezed to a
+    square: uint8 (size, size, 3), what fastai's ``Resize(size, ResizeMethod.Squish)`` makes of
+    it, bit for bit.
 
     Raises:
         OSError: the image cannot be read.

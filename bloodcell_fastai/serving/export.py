@@ -43,8 +43,8 @@ BATCH = 16
 TIMED_SECONDS = 2.0
 PREPROCESSING = (
     "images: uint8 RGB (n, height, width, 3), any height and width, not normalised; {part}. "
-    "The graph resizes them to {size} x {size} (bilinear with antialiasing, aspect ratio not kept), scales "
-    "to 0..1 and normalises. probabilities: float32 (n, {classes}), rows sum to 1."
+    "The graph resizes them to {size} x {size} (bilinear with antialiasing, aspect ratio not "
+    "kept), scales to 0..1 and normalises. probabilities: float32 (n, {classes}), rows sum to 1."
 )
 
 PARTS = {
