@@ -37,6 +37,7 @@ RECIPES = {  # what differs from the defaults of ``bloodcell fit``
     "frame": ["--crop", "frame"],
     "same light": ["--stain", "0", "--lighting", "0"],
     "fastai's augmentation": ["--stain", "0", "--sharpness", "0", "--noise", "0"],
+    "frozen norm": ["--freeze-norm"],
     "no smoothing": ["--label-smoothing", "0"],
     "mixup": ["--mixup", "0.2"],
     "random weights": ["--weights", "none"],

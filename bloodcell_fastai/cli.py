@@ -149,6 +149,9 @@ def fit(
     label_smoothing: Annotated[
         float, typer.Option(help="Of the loss, 0 to 1.")
     ] = DEFAULTS.label_smoothing,
+    freeze_norm: Annotated[
+        bool, typer.Option("--freeze-norm", help="Keep batch normalisation's statistics.")
+    ] = DEFAULTS.freeze_norm,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0: none.")] = DEFAULTS.mixup,
     patience: Annotated[
         int, typer.Option(help="Stop after so many epochs without progress; 0: never.")
@@ -211,6 +214,7 @@ def fit(
         lr=_learning_rate(lr),
         wd=wd,
         label_smoothing=label_smoothing,
+        freeze_norm=freeze_norm,
         mixup=mixup,
         patience=patience,
         seed=seed,
