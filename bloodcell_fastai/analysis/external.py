@@ -189,7 +189,7 @@ def describe_external(external: External) -> list[str]:
     """What was mapped to what, what is missing and what was left out, a sentence each."""
     match, known = external.match, int(external.known.sum())
     pairs = ", ".join(f"{theirs} as {own}" for theirs, own in match.mapped.items())
-    lines = [f"Scored: {known:,} images, {pairs}."]
+    lines = [f"Scored: {known:,} images ({pairs})."]
     if match.missing:
         lines.append(
             f"Classes of the model without a counterpart here: {', '.join(match.missing)}. "
@@ -198,8 +198,8 @@ def describe_external(external: External) -> list[str]:
     if match.unknown:
         lines.append(
             f"Classes the model does not know: {', '.join(match.unknown)}. Their "
-            f"{external.n_unknown:,} images have no right answer and are not scored; whether they "
-            "are flagged as unlike training is."
+            f"{external.n_unknown:,} images are not scored, as no answer would be right; they "
+            "show whether the model notices what it does not know."
         )
     if match.too_broad:
         lines.append(

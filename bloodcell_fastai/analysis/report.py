@@ -108,6 +108,7 @@ def render_report(
         options=asdict(config),
         fingerprint=fingerprint(table, Path(config.data)),
         external_command=interpret_command(run, external) if external else None,
+        external_fingerprint=_fingerprint_of(external) if external else None,
     )
 
 
@@ -159,7 +160,9 @@ def fit_command(config: Config) -> str:
 
 def interpret_command(run: Run, external: External) -> str:
     """The command that scores the run on the other data set again."""
-    words = ["bloodcell", "interpret", run.name, "--data", str(external.root)]
+    parent = Run(run.path.parent)
+    name = f"{parent.name}/{run.name}" if parent.started else run.name  # of a fold
+    words = ["bloodcell", "interpret", name, "--data", str(external.root)]
     return shlex.join(words + (["--subset", external.subset] if external.subset else []))
 
 
@@ -173,6 +176,11 @@ def fingerprint(table: pd.DataFrame, root: Path) -> str:
     paths = [_relative(path, root) for path in table.path]
     lines = sorted(map("\t".join, zip(paths, table.label, part.astype(str), strict=True)))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _fingerprint_of(external: External) -> str:
+    table = external.table
+    return fingerprint(table.assign(label=table.theirs, part=""), external.root)
 
 
 def count_images(table: pd.DataFrame) -> list[dict]:
