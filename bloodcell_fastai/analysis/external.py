@@ -206,7 +206,7 @@ def describe_external(external: External) -> list[str]:
             f"Left out: {external.too_broad:,} images of {', '.join(match.too_broad)}, of which "
             "the model knows only parts."
         )
-    lines.append(_describe_excluded(external))
+    lines += _describe_excluded(external)
     if external.validated:
         lines.append(
             f"{external.validated:,} of the images are the run's own validation images, on which "
@@ -215,18 +215,19 @@ def describe_external(external: External) -> list[str]:
     return lines
 
 
-def _describe_excluded(external: External) -> str:
+def _describe_excluded(external: External) -> list[str]:
+    lines = []
+    if external.excluded:
+        lines.append(
+            f"Left out as trained on: {external.excluded:,} images, which are training images or "
+            "copies of the photographs behind them."
+        )
     if external.unchecked:
-        return (
+        lines.append(
             f"NOT CHECKED: {external.unchecked:,} training images are gone, so that nobody can "
             "tell whether some of them are scored here as if they were new."
         )
-    if not external.excluded:
-        return "Left out as trained on: none; no file is one of the training images."
-    return (
-        f"Left out as trained on: {external.excluded:,} images, which are training images or "
-        "copies of the photographs behind them."
-    )
+    return lines or ["Left out as trained on: none; no file is one of the training images."]
 
 
 def _of_subset(table: pd.DataFrame, subset: str | None) -> pd.DataFrame:
