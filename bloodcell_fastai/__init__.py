@@ -25,6 +25,7 @@ _PUBLIC = {
     "train": "training.workflow",
     "interpret": "analysis.interpretation",
     "interpret_run": "analysis.interpretation",
+    "interpret_external": "analysis.interpretation",
     "load_learner": "analysis.interpretation",
     "heat_maps": "analysis.explain",
     "overlay": "analysis.explain",

@@ -246,13 +246,30 @@ def fit(
 @app.command()
 def interpret(
     run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Another data set to score it on: a zip or a folder.")
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="The only folder of --data to look at, such as TEST.")
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Score a run on its validation images: report, matrix, curves, top losses."""
-    from .analysis.interpretation import interpret_run, summarise
+    """Score a run on its validation images, or on other data: report, matrix, top losses."""
+    from .analysis.interpretation import interpret_external, interpret_run, summarise
     from .training.runs import Run
 
+    if subset and not data:
+        raise usage_error("--subset is a part of --data, which is missing.", "Give --data.")
     chosen = Run.open(run, runs)
+    if data:
+        from .data.dataset import open_dataset
+
+        dataset = open_dataset(data, progress=TerminalReporter().progress)
+        result, external, folder = interpret_external(chosen, dataset, subset)
+        console.print(summarise(result, chosen.config, external))
+        files = "predictions.csv, unknown.csv, metrics.json, report/index.html"
+        console.print(f"Written to {folder}: {files}")
+        return
     console.print(summarise(interpret_run(chosen), chosen.config))
     console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/index.html")
 

@@ -113,6 +113,22 @@ class Run:
         """Folder of the report and its figures."""
         return self.path / "report"
 
+    def results_on(self, data: Path, subset: str = "") -> Path:
+        """Folder of the results on another data set, ``on/NAME``, whether it is there yet or not.
+
+        Another data set of the same name does not lose its results: the folder gets a number.
+
+        Args:
+            data: folder of the data set.
+            subset: the part of it that was looked at; empty: all of it.
+        """
+        name = "-".join(filter(None, (data.name[:100] or "data", subset[:100])))
+        for number in count(1):
+            folder = self.path / "on" / (name if number == 1 else f"{name}-{number}")
+            metrics = folder / "metrics.json"
+            if not metrics.is_file() or read_json(metrics).get("data") == str(data):
+                return folder
+
     @property
     def config(self) -> Config:
         """The run's options, as resolved when it began."""
