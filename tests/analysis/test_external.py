@@ -136,7 +136,7 @@ def test_the_page_says_first_what_it_is_of(scored):
     assert "does not know: artefacts. Their 5 images" in first
     assert "Left out as trained on: 2 images" in first
     assert "Leakage" not in first
-    assert "External testing: this page" in text
+    assert "External testing: on further data sets" in text
     assert "--data" in text
     shown = re.findall(r'data-metric="external\.(\w+)">([^<]*)<', page)
     found = json.loads((folder / "metrics.json").read_text())["external"]
