@@ -10,6 +10,8 @@ DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcel
   with at most ``--copies`` copies of each. The first recipe is the one the others are measured
   against, photograph by photograph: a paired bootstrap interval of the difference and the exact
   McNemar test. A recipe whose interval holds 0 is not better.
+- ``--also OTHER`` adds another data set to what is trained on, where the classes agree, such as the
+  PBC set; it is for a look, whose TEST stays what it is.
 - ``--look`` trains one recipe on all of TRAIN, a fifth of its photographs choosing the epoch, and
   scores it once on TEST, without the photographs whose field is in TRAIN too. The look is appended
   to docs/test_looks.csv, whatever it shows.
@@ -30,6 +32,7 @@ from scipy.stats import binomtest
 
 from bloodcell_fastai import Run, open_dataset, with_photos
 from bloodcell_fastai.analysis.evaluation import Evaluation, by_photo, resample_photos
+from bloodcell_fastai.data.cell_names import match_classes
 from bloodcell_fastai.files import read_json
 
 RECIPES = {  # what differs from the defaults of ``bloodcell fit``
@@ -57,6 +60,14 @@ def write_folder(table: pd.DataFrame, folder: Path) -> Path:
         rows.append({"path": name.as_posix(), "photo": row.photo})
     pd.DataFrame(rows).to_csv(folder / "photos.csv", index=False)
     return folder
+
+
+def shared_classes(data: str, classes: list[str], home: Path) -> pd.DataFrame:
+    """The images of another data set whose class is one of ours, under our names."""
+    dataset = open_dataset(data, home=home)
+    table = with_photos(dataset.table, dataset.root)
+    names = match_classes(classes, sorted(set(table.label))).mapped
+    return table.assign(label=table.label.map(names)).dropna(subset="label")
 
 
 def few_copies(table: pd.DataFrame, copies: int) -> pd.DataFrame:
@@ -113,7 +124,7 @@ def _right(evaluation: Evaluation) -> pd.Series:
 
 def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict:
     """Train on TRAIN, score once on TEST; the figures, as they are added to the table of looks."""
-    name = f"look-{datetime.date.today()}-{'-'.join(recipe.split())}"
+    name = "-".join(["look", str(datetime.date.today()), *recipe.split(), Path(args.also).stem])
     run = Run(args.out / "runs" / name)
     own = ["--split", "photo", "--name", name, "--runs", args.out / "runs"]
     if not run.finished:
@@ -126,6 +137,7 @@ def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict
         "date": str(datetime.date.today()),
         "recipe": recipe,
         "options": " ".join([*RECIPES[recipe], *args.fit]),
+        "also": Path(args.also).stem,
         "machine": machine(),
         "why": args.why,
         **{key: round(figures[key], 4) for key in kept},
@@ -145,6 +157,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--look", choices=RECIPES)
     parser.add_argument("--why", default="")
+    parser.add_argument("--also", default="")
     parser.add_argument("--out", type=Path, default=Path("honest"))
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:split])
@@ -156,8 +169,14 @@ def main() -> None:
     table = with_photos(dataset.table, dataset.root)
     train = table[table.subset == "TRAIN"]
     if args.look:
+        if args.also:
+            other = shared_classes(args.also, sorted(set(train.label)), args.out / "data")
+            train = pd.concat([train, other], ignore_index=True)
         test = table[(table.subset == "TEST") & ~table.photo.isin(train.photo)]
-        folders = [write_folder(t, args.out / n) for t, n in ((train, "TRAIN"), (test, "TEST"))]
+        folders = [
+            write_folder(t, args.out / n)
+            for t, n in ((train, f"TRAIN{Path(args.also).stem}"), (test, "TEST"))
+        ]
         found = pd.DataFrame([look(args.look, *folders, args)])
         found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
         print(found.T.to_string(header=False))
