@@ -25,6 +25,8 @@ _PUBLIC = {
     "train": "training.workflow",
     "interpret": "analysis.interpretation",
     "interpret_run": "analysis.interpretation",
+    "stress_images": "analysis.stress",
+    "stress_test": "analysis.stress",
     "load_learner": "analysis.interpretation",
     "heat_maps": "analysis.explain",
     "overlay": "analysis.explain",

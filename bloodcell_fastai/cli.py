@@ -242,14 +242,23 @@ def fit(
 @app.command()
 def interpret(
     run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    stress: Annotated[
+        bool,
+        typer.Option("--stress", help="Also under other stain, light, focus, noise, scale …"),
+    ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Score a run on its validation images: report, matrix, curves, top losses."""
     from .analysis.interpretation import interpret_run, summarise
+    from .analysis.stress import describe_stress, read_stress
     from .training.runs import Run
 
     chosen = Run.open(run, runs)
-    console.print(summarise(interpret_run(chosen), chosen.config))
+    console.print(
+        summarise(interpret_run(chosen, stress, TerminalReporter().progress), chosen.config)
+    )
+    if (measured := read_stress(chosen)) is not None:
+        console.print(describe_stress(measured))
     console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/index.html")
 
 

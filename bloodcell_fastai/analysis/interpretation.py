@@ -14,6 +14,7 @@ from ..data.provenance import with_photos
 from ..data.splits import photos_known
 from ..errors import BloodcellError, is_number
 from ..files import read_json, read_table, write_json, write_table, write_text
+from ..reporter import Progress, no_progress
 from ..training.calibration import Reference, calibrate
 from ..training.callbacks import use_progress
 from ..training.learner import blood_learner
@@ -22,6 +23,7 @@ from ..training.workflow import describe_leakage
 from . import figures
 from .evaluation import Evaluation, evaluate
 from .report import write_report
+from .stress import read_stress, stress_images, stress_metrics, stress_test, write_stress
 
 
 class Interpretation(Evaluation):
@@ -88,12 +90,21 @@ def load_learner(run: Run) -> Learner:
     return learn
 
 
-def interpret_run(run: Run) -> Interpretation:
+def interpret_run(
+    run: Run, stress: bool = False, progress: Progress = no_progress
+) -> Interpretation:
     """Score a run's model on its validation images and write the results into its folder.
 
     Its probabilities are calibrated; a run from before there was a calibration is given one.
     Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the page ``index.html``, the
     classification report and the figures.
+
+    Args:
+        run: with a model.
+        stress: corrupt images too and write ``stress.csv``; see
+            :func:`~bloodcell_fastai.stress_test`. It stays, and stays in the page, until it is
+            made anew or the model is another.
+        progress: told how far the stress test has come.
 
     Raises:
         BloodcellError: the run has no model yet, or its images are gone.
@@ -103,6 +114,9 @@ def interpret_run(run: Run) -> Interpretation:
     calibration = run.calibration or calibrate(learn, run)  # older runs have none
     result = _interpretation(evaluate(learn, calibration.temperature))
     result.predictions = with_nearest(result, run.reference)
+    if stress:
+        images = stress_images(run.table, seed=run.config.seed)
+        write_stress(run, stress_test(learn, images, progress))
     write_results(run, result, learn)
     return result
 
@@ -117,8 +131,10 @@ def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
 
 def write_results(run: Run, result: Interpretation, learn: Learner | None = None) -> None:
     """Write the files of :func:`interpret_run`; without the learner the page has no heat maps."""
+    stress = read_stress(run)
+    metrics = result.metrics | {"stress": None if stress is None else stress_metrics(stress)}
     write_table(run.path / "predictions.csv", result.predictions)
-    write_json(run.path / "metrics.json", result.metrics)
+    write_json(run.path / "metrics.json", metrics)
     write_text(run.report / "classification_report.txt", result.classification_report())
     pictures = {
         "confusion_matrix": result.plot_confusion_matrix(),
@@ -126,6 +142,8 @@ def write_results(run: Run, result: Interpretation, learn: Learner | None = None
     }
     if len(history := run.history):
         pictures["curves"] = figures.plot_history(history)
+    if stress is not None:
+        pictures["stress"] = figures.plot_stress(stress)
     for name, figure in pictures.items():
         figures.save_figure(figure, run.report / f"{name}.png")
     write_report(run, result, learn)

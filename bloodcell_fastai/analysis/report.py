@@ -32,6 +32,7 @@ from ..training.workflow import describe_leakage, duration
 from . import figures
 from .evaluation import BOOTSTRAP_SAMPLES, Evaluation
 from .explain import heat_maps, overlay
+from .stress import CLEAN, read_stress, stress_metrics
 
 DASH = "\N{EN DASH}"
 GALLERY = 8
@@ -85,6 +86,7 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         folds=_read_folds(run, config.folds),
         reliability=_figure(figures.plot_reliability(result)),
         coverage=_figure(figures.plot_coverage(result)),
+        stress=_stress(read_stress(run)),
         gallery=_gallery(result, table, config, heat),
         no_heat=_why_no_heat(config, heat),
         calibration=None if config.folds else run.calibration,
@@ -209,6 +211,22 @@ def _curves(history: pd.DataFrame) -> dict[str, str]:
     if history.empty:
         return {}
     return {name: _figure(figures.plot_history(history, [name])) for name in ("accuracy", "loss")}
+
+
+def _stress(table: pd.DataFrame | None) -> dict | None:
+    """What the page shows of a stress test: its metrics, and of each kind the figure and rows."""
+    if table is None:
+        return None
+    kinds = [
+        {
+            "name": kind,
+            "unit": rows.unit.iloc[0],
+            "figure": _figure(figures.plot_stress(table, [kind])),
+            "rows": rows.to_dict("records"),
+        }
+        for kind, rows in table[table.kind != CLEAN].groupby("kind", sort=False)
+    ]
+    return {"metrics": stress_metrics(table), "kinds": kinds}
 
 
 def _read_folds(run: Run, folds: int) -> list[dict]:
