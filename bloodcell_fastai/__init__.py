@@ -26,6 +26,8 @@ _PUBLIC = {
     "interpret": "analysis.interpretation",
     "interpret_run": "analysis.interpretation",
     "interpret_external": "analysis.interpretation",
+    "stress_images": "analysis.stress",
+    "stress_test": "analysis.stress",
     "load_learner": "analysis.interpretation",
     "heat_maps": "analysis.explain",
     "overlay": "analysis.explain",

@@ -252,15 +252,22 @@ def interpret(
     subset: Annotated[
         str | None, typer.Option(help="The only folder of --data to look at, such as TEST.")
     ] = None,
+    stress: Annotated[
+        bool,
+        typer.Option("--stress", help="Also under other stain, light, focus, noise, scale …"),
+    ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Score a run on its validation images, or on other data: report, matrix, top losses."""
     from .analysis.interpretation import interpret_external, interpret_run, summarise
+    from .analysis.stress import describe_stress, read_stress
     from .training.runs import Run
 
     if subset and not data:
         raise usage_error("--subset is a part of --data, which is missing.", "Give --data.")
     chosen = Run.open(run, runs)
+    if data and stress:
+        raise usage_error("--stress is for a run's own images.", "Leave out --data or --stress.")
     if data:
         from .data.dataset import open_dataset
 
@@ -270,7 +277,11 @@ def interpret(
         files = "predictions.csv, unknown.csv, metrics.json, report/index.html"
         console.print(f"Written to {folder}: {files}")
         return
-    console.print(summarise(interpret_run(chosen), chosen.config))
+    console.print(
+        summarise(interpret_run(chosen, stress, TerminalReporter().progress), chosen.config)
+    )
+    if (measured := read_stress(chosen)) is not None:
+        console.print(describe_stress(measured))
     console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/index.html")
 
 

@@ -15,6 +15,7 @@ from ..data.provenance import with_photos
 from ..data.splits import photos_known
 from ..errors import BloodcellError, is_number
 from ..files import read_json, read_table, write_json, write_table, write_text
+from ..reporter import Progress, no_progress
 from ..training.calibration import Reference, calibrate, predict_with_features, softmax
 from ..training.callbacks import use_progress
 from ..training.learner import blood_learner, load_weights, timm_model
@@ -29,6 +30,7 @@ from .external import (
     open_external,
 )
 from .report import write_report
+from .stress import read_stress, stress_images, stress_metrics, stress_test, write_stress
 
 
 class Interpretation(Evaluation):
@@ -95,12 +97,21 @@ def load_learner(run: Run) -> Learner:
     return learn
 
 
-def interpret_run(run: Run) -> Interpretation:
+def interpret_run(
+    run: Run, stress: bool = False, progress: Progress = no_progress
+) -> Interpretation:
     """Score a run's model on its validation images and write the results into its folder.
 
     Its probabilities are calibrated; a run from before there was a calibration is given one.
     Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the page ``index.html``, the
     classification report and the figures.
+
+    Args:
+        run: with a model.
+        stress: corrupt images too and write ``stress.csv``; see
+            :func:`~bloodcell_fastai.stress_test`. It stays, and stays in the page, until it is
+            made anew or the model is another.
+        progress: told how far the stress test has come.
 
     Raises:
         BloodcellError: the run has no model yet, or its images are gone.
@@ -110,6 +121,9 @@ def interpret_run(run: Run) -> Interpretation:
     calibration = run.calibration or calibrate(learn, run)  # older runs have none
     result = _interpretation(evaluate(learn, calibration.temperature))
     result.predictions = with_nearest(result, run.reference)
+    if stress:
+        images = stress_images(run.table, seed=run.config.seed)
+        write_stress(run, stress_test(learn, images, progress))
     write_results(run, result, learn)
     return result
 
@@ -198,8 +212,10 @@ def write_results(
     """
     folder = folder or run.path
     report = folder / run.report.name
+    stress = None if external else read_stress(run)
+    metrics = result.metrics | ({} if stress is None else {"stress": stress_metrics(stress)})
     write_table(folder / "predictions.csv", result.predictions)
-    write_json(folder / "metrics.json", result.metrics)
+    write_json(folder / "metrics.json", metrics)
     write_text(report / "classification_report.txt", result.classification_report())
     pictures = {
         "confusion_matrix": result.plot_confusion_matrix(),
@@ -207,6 +223,8 @@ def write_results(
     }
     if len(history := run.history):
         pictures["curves"] = figures.plot_history(history)
+    if stress is not None:
+        pictures["stress"] = figures.plot_stress(stress)
     for name, figure in pictures.items():
         figures.save_figure(figure, report / f"{name}.png")
     write_report(run, result, learn, report, external)

@@ -33,6 +33,7 @@ from . import figures
 from .evaluation import BOOTSTRAP_SAMPLES, Evaluation
 from .explain import heat_maps, overlay
 from .external import External, describe_external
+from .stress import CLEAN, read_stress, stress_metrics
 
 DASH = "\N{EN DASH}"
 GALLERY = 8
@@ -101,6 +102,7 @@ def render_report(
         folds=_read_folds(run, config.folds),
         reliability=_figure(figures.plot_reliability(result)),
         coverage=_figure(figures.plot_coverage(result)),
+        stress=None if external else _stress(read_stress(run)),
         gallery=_gallery(result, table, config, heat, external.root if external else None),
         no_heat=_why_no_heat(config, heat),
         calibration=None if config.folds else run.calibration,
@@ -240,6 +242,22 @@ def _curves(history: pd.DataFrame) -> dict[str, str]:
     if history.empty:
         return {}
     return {name: _figure(figures.plot_history(history, [name])) for name in ("accuracy", "loss")}
+
+
+def _stress(table: pd.DataFrame | None) -> dict | None:
+    """What the page shows of a stress test: its metrics, and of each kind the figure and rows."""
+    if table is None:
+        return None
+    kinds = [
+        {
+            "name": kind,
+            "unit": rows.unit.iloc[0],
+            "figure": _figure(figures.plot_stress(table, [kind])),
+            "rows": rows.to_dict("records"),
+        }
+        for kind, rows in table[table.kind != CLEAN].groupby("kind", sort=False)
+    ]
+    return {"metrics": stress_metrics(table), "kinds": kinds}
 
 
 def _read_folds(run: Run, folds: int) -> list[dict]:

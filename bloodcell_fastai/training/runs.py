@@ -223,9 +223,10 @@ class Run:
     def save_model(self, learn: Learner) -> None:
         """Write the weights as they are now, in timm's naming, as the best of the run.
 
-        A calibration of the weights before them goes.
+        A calibration and a stress test of the weights before them go.
         """
-        (self.path / "calibration.json").unlink(missing_ok=True)
+        for name in ("calibration.json", "stress.csv"):
+            (self.path / name).unlink(missing_ok=True)
         classes = {"classes": json.dumps(list(learn.dls.vocab))}
         _write_tensors(self.path / "model.safetensors", timm_model(learn).state_dict(), classes)
 
