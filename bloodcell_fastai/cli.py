@@ -55,6 +55,10 @@ Data = Annotated[
     str | None,
     typer.Option("--data", help="Kaggle zip, a folder with one sub-folder per class, or 'demo'."),
 ]
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Name, folder, or pbc; the newest if none, pbc if there is no run."),
+]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
 
 
@@ -135,7 +139,7 @@ def fit(
     epochs: Annotated[int, typer.Option(help="Epochs in all, the frozen ones included.")] = 20,
     split: Annotated[str, typer.Option(help="photo, official or random.")] = DEFAULTS.split,
     arch: Annotated[str, typer.Option(help="Any architecture of timm.")] = DEFAULTS.arch,
-    weights: Annotated[str, typer.Option(help="auto, imagenet, none or a file.")] = "auto",
+    weights: Annotated[str, typer.Option(help="auto, pbc, imagenet, none or a file.")] = "auto",
     size: Annotated[int, typer.Option(help="Side of the input, in pixels.")] = DEFAULTS.size,
     crop: Annotated[
         str, typer.Option(help="cell: a square around the white cell; frame: all of it.")
@@ -291,7 +295,10 @@ def predict(
         list[str],
         typer.Argument(help="Images, folders, patterns, a .txt of paths, or - for such lines."),
     ],
-    run: Annotated[str | None, typer.Option(help="Name or folder; the newest if none.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Name, folder, or pbc; the newest if none, pbc if there is no run."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl file to write.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an --out that was cut off.")
@@ -307,11 +314,12 @@ def predict(
 ) -> None:
     """Tell the class of images, with probabilities, and flag those to look at."""
     from .serving.inference import Predictor, find_images, predict
-    from .training.runs import Run
+    from .training.runs import open_model
 
-    predictor = Predictor.load(Run.open(run, runs), tta, min_confidence, device)
+    reporter = TerminalReporter()
+    predictor = Predictor.load(open_model(run, runs, reporter), tta, min_confidence, device)
     images = find_images(paths, sys.stdin)
-    outcome = predict(predictor, images, out, resume, TerminalReporter().progress)
+    outcome = predict(predictor, images, out, resume, reporter.progress)
     if outcome.table is not None:
         shown = outcome.table[["path", "predicted", "confidence", "flag"]]
         _print_table(shown.head(MOST_ROWS), "Predictions")
@@ -328,8 +336,8 @@ def predict(
 
 @app.command()
 def export(
-    run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
-    format: Annotated[str, typer.Option(help="onnx, timm or fastai.")] = "timm",
+    run: Model = None,
+    format: Annotated[str, typer.Option(help="onnx, timm, fastai or ready.")] = "timm",
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; RUN/export/FORMAT if left out.")
     ] = None,
@@ -341,14 +349,15 @@ def export(
 ) -> None:
     """Write the model of a run for use elsewhere, with a model card."""
     from .serving.export import export_run
-    from .training.runs import Run
+    from .training.runs import open_model
 
-    export_run(Run.open(run, runs), format, out, push_to_hub, TerminalReporter())
+    reporter = TerminalReporter()
+    export_run(open_model(run, runs, reporter), format, out, push_to_hub, reporter)
 
 
 @app.command()
 def serve(
-    run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    run: Model = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 opens it to the network.")
     ] = "127.0.0.1",
@@ -361,9 +370,10 @@ def serve(
 ) -> None:
     """Open a web page and an HTTP endpoint that tell the class of images."""
     from .serving.app import serve
-    from .training.runs import Run
+    from .training.runs import open_model
 
-    serve(Run.open(run, runs), host, port, min_confidence, device, TerminalReporter())
+    reporter = TerminalReporter()
+    serve(open_model(run, runs, reporter), host, port, min_confidence, device, reporter)
 
 
 def _print_results(run: "Run") -> None:

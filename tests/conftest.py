@@ -13,10 +13,11 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from bloodcell_fastai import Config, Run, interpret_run, train
+from bloodcell_fastai import Config, Run, export_run, interpret_run, train
 from bloodcell_fastai.data.dataset import Dataset, open_dataset, read_folder
 from bloodcell_fastai.data.smears import make_demo
 from bloodcell_fastai.reporter import Reporter
+from bloodcell_fastai.training import ready
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -90,6 +91,23 @@ def trained(tmp_path_factory, demo_root) -> Run:
     run = train(config, tmp_path_factory.mktemp("runs"), "trained", reporter=Silent())
     interpret_run(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def packed(trained, tmp_path_factory) -> Path:
+    """A folder as ``weights/`` of the package, with a stand-in for its model: ``trained``."""
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ready, "FOLDER", folder)
+        export_run(trained, "ready", folder / "pbc", reporter=Silent())
+    return folder
+
+
+@pytest.fixture
+def shipped(packed, monkeypatch) -> Path:
+    """The stand-in, as if it had come with the package."""
+    monkeypatch.setattr(ready, "FOLDER", packed)
+    return packed / "pbc"
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bloodcell_fastai import Config
+from bloodcell_fastai import Config, cli
 
 COMMANDS = ["data", "audit", "fit", "interpret", "predict", "export", "serve"]
 LITE0 = "tf_efficientnet_lite0"
@@ -78,6 +79,25 @@ def test_from_images_to_report(bloodcell, demo_root, lite0_weights, tmp_path):
     done = bloodcell("predict", demo_root / "dataset-master", "--out", "out.csv")
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path / "out.csv")) == 32
+
+
+def test_it_predicts_right_after_installation(shipped, demo_root, tmp_path, monkeypatch, capsys):
+    """Without a run, by the model that comes with the package, and says so beside the table."""
+    monkeypatch.chdir(tmp_path)
+    words = ["bloodcell", "predict", str(demo_root / "dataset-master"), "--out", "out.csv"]
+    for extra in ([], ["--run", "pbc", "--resume"]):
+        monkeypatch.setattr(sys, "argv", [*words, *extra])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        told = " ".join(printed.err.replace("│", " ").split())
+        assert "THE MODEL THAT COMES WITH THE PACKAGE: pbc" in told
+        assert "no medical device" in told
+        assert "PACKAGE" not in printed.out
+    assert "32 were there already" in printed.out
+    assert len(pd.read_csv("out.csv")) == 32
+    assert not Path("runs").exists()
 
 
 def test_a_dry_run_writes_the_plan_and_stops(bloodcell, demo_root, tmp_path):

@@ -23,7 +23,7 @@ from bloodcell_fastai import Run, cli
 from bloodcell_fastai.analysis.interpretation import read_results
 from bloodcell_fastai.data import dataset, splits
 from bloodcell_fastai.serving import export
-from bloodcell_fastai.training import learner
+from bloodcell_fastai.training import learner, ready
 
 PACKAGE = Path(bloodcell_fastai.__file__).parent
 RUN = Path("runs/mine")
@@ -264,7 +264,7 @@ OPTION_ERRORS = [
         "--size 96 or --size 128",
         2,
     ),
-    (f"{FIT} --weights gone.pth", None, "No weights file gone.pth", "Use auto, imagenet", 1),
+    (f"{FIT} --weights gone.pth", None, "No weights file gone.pth", "Use auto, pbc, imagenet", 1),
     (
         f"{FIT} --weights x.pth",
         lambda: text("x.pth", "no"),
@@ -513,6 +513,34 @@ RUN_ERRORS = [
 ]
 
 
+READY_ERRORS = [
+    (
+        f"{FIT} --arch resnet34 --weights pbc",
+        None,
+        "The weights pbc are those of resnet18, not of resnet34",
+        "--arch resnet18, or other",
+        2,
+    ),
+    ("interpret", None, "No run in runs/", "bloodcell fit", 1),
+    ("interpret pbc", None, "validation images are gone, such as", "Put the data back to demo", 1),
+    ("predict DEMO --run gone", None, "gone is not a run", "With the package comes: pbc", 1),
+    (
+        "export --format ready",
+        None,
+        "The validation images of pbc are gone",
+        "Put the data back to demo",
+        1,
+    ),
+    (
+        "predict DEMO",
+        lambda: (ready.FOLDER / "pbc" / "model.safetensors").unlink(),
+        "The model pbc is missing from this installation",
+        "pip install --force-reinstall bloodcell-fastai",
+        1,
+    ),
+]
+
+
 def check(command, line: str, prepare, message: str, hint: str, code: int) -> None:
     if prepare:
         prepare()
@@ -535,6 +563,15 @@ def test_without_a_run(command, line, prepare, message, hint, code):
 
 @pytest.mark.parametrize(("line", "prepare", "message", "hint", "code"), RUN_ERRORS)
 def test_with_a_run(command, run_folder, line, prepare, message, hint, code):
+    check(command, line, prepare, message, hint, code)
+
+
+@pytest.mark.parametrize(("line", "prepare", "message", "hint", "code"), READY_ERRORS)
+def test_with_what_comes_with_the_package(
+    command, shipped, tmp_path, monkeypatch, line, prepare, message, hint, code
+):
+    shutil.copytree(shipped, tmp_path / "weights" / "pbc")
+    monkeypatch.setattr(ready, "FOLDER", tmp_path / "weights")
     check(command, line, prepare, message, hint, code)
 
 

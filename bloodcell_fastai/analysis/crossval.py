@@ -48,7 +48,7 @@ def cross_validate(
         try:
             _train_folds(parent, tables, dry_run, reporter)
         except BaseException:
-            if not _fold(parent, 1).started:
+            if not parent.fold(1).started:
                 parent.remove()  # it holds nothing yet
             raise
     return parent
@@ -84,7 +84,7 @@ def _train_folds(
     results = []
     for number, split in enumerate(tables, start=1):
         reporter.say(f"Fold {number} of {len(tables)}")
-        fold = _fold(parent, number)
+        fold = parent.fold(number)
         if not fold.started:
             config = replace(parent.config, folds=0)
             train_table(config, split, Run.create(parent.path, fold.name), dry_run, reporter)
@@ -101,7 +101,3 @@ def _train_folds(
     # Each fold has a temperature of its own.
     write_results(parent, Interpretation(pooled, results[0].classes, leakage, temperature=None))
     parent.finish()
-
-
-def _fold(parent: Run, number: int) -> Run:
-    return Run(parent.path / f"fold-{number}")

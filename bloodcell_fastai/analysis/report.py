@@ -148,7 +148,7 @@ def fit_command(config: Config) -> str:
     defaults = asdict(Config())
     values = {name: getattr(config, name) for name in names[: names.index("classes")]}
     if config.weights == "auto" and config.weights_used:  # what it came to
-        values["weights"] = "imagenet" if config.pretrained else "none"
+        values["weights"] = config.weights_used.partition(" ")[0]
     if any(warning.startswith("DEMO DATA") for warning in config.warnings):
         values["data"] = "demo"
     words = ["bloodcell", "fit"]

@@ -138,6 +138,7 @@ class Service:
     """
 
     def __init__(self, run: Run, min_confidence: float = SURE_ENOUGH, device: str = "auto"):
+        run.require_model()  # of several folds the page could show but one
         self.predictor = Predictor.load(run, min_confidence=min_confidence, device=device)
         self.card = describe_model(run, self.predictor)
         self._lock = Lock()

@@ -7,8 +7,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 
 from ..analysis.interpretation import read_metrics
+from ..analysis.report import fit_command
 from ..config import Config
 from ..data.splits import leakage
+from ..training.ready import READY, Source, ready_source
 from ..training.runs import Run
 from ..training.workflow import describe_leakage
 
@@ -28,7 +30,7 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
     Args:
         run: a run with a model. Scores are those of its ``metrics.json``; without it the card
             says that the model was not evaluated.
-        format: ``onnx``, ``timm`` or ``fastai``, for the lines on how to use it.
+        format: of the export, for the lines on how to use it.
         repo_id: where on the Hub it will be; the lines say so.
 
     Returns:
@@ -38,14 +40,16 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
     metrics = _metrics(run)
     name = repo_id.split("/")[1] if repo_id else run.name
     share = leakage(table)  # None if the photographs are not known
-    first = _first_weights(config)
+    source = ready_source(run.path)
     card = ModelCard.from_template(
-        _metadata(config, metrics, format, name),
+        _metadata(config, metrics, format, name, source),
         template_path=str(TEMPLATE),
         name=name,
         config=config,
         format=format,
-        source=f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER",
+        address=f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER",
+        source=source,
+        command=fit_command(config),
         dataset=_dataset_name(config),
         images={part: int(n) for part, n in table.part.value_counts().items()},
         photos={} if share is None else table.groupby("part").photo.nunique().to_dict(),
@@ -55,15 +59,18 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
         if metrics
         else [],
         calibration=run.calibration,
-        first_licence=first.license if first else None,
+        first_terms=_first_terms(config),
         epochs=len(run.history),
         figure=_figure,
     )
     return f"{card}\n"
 
 
-def _metadata(config: Config, metrics: dict | None, format: str, name: str) -> ModelCardData:
-    """The YAML block. It names no licence: that is for whoever publishes the weights to say."""
+def _metadata(
+    config: Config, metrics: dict | None, format: str, name: str, source: Source | None
+) -> ModelCardData:
+    """The YAML block. It names no licence but that of a model which comes with the package: for
+    others that is for whoever publishes the weights to say."""
     first = _first_weights(config)
     scores = {}
     if metrics:
@@ -83,7 +90,8 @@ def _metadata(config: Config, metrics: dict | None, format: str, name: str) -> M
             ],
         }
     return ModelCardData(
-        library_name=format,
+        library_name="bloodcell-fastai" if format == "ready" else format,
+        license=source.licence if source else None,
         pipeline_tag="image-classification",
         tags=["image-classification", "medical", "blood-cells", "bloodcell-fastai"],
         base_model=first.hf_hub_id if first else None,
@@ -95,6 +103,15 @@ def _first_weights(config: Config) -> PretrainedCfg | None:
     """timm's own account of the ImageNet weights a run started from; None if it did not."""
     from_imagenet = config.weights_used == f"imagenet ({config.arch})"
     return timm.get_pretrained_cfg(config.arch) if from_imagenet else None
+
+
+def _first_terms(config: Config) -> str:
+    """Licence and images of the first weights, in brackets; empty if they are not known."""
+    if first := _first_weights(config):
+        return f" ({first.license}, trained on ImageNet)"
+    if source := READY.get(config.weights_used.partition(" ")[0]):
+        return f" ({source.licence}, trained on the images of {source.citation})"
+    return ""
 
 
 def _metrics(run: Run) -> dict | None:

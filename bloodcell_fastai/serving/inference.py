@@ -73,6 +73,7 @@ class Predictor:
         self.device = torch.device(device)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.config, self.calibration, self.reference = config, calibration, reference
+        self.distance_threshold = None if reference is None else calibration.distance_threshold
         self.tta, self.min_confidence = tta, min_confidence
         self.batch_size = prediction_batch_size(self.device, config.size)
         stats = normalization(config.arch)
@@ -91,7 +92,8 @@ class Predictor:
         min_confidence: float = 0.0,
         device: str = "auto",
     ) -> "Predictor":
-        """The predictor of a run, given as such or by its folder or name.
+        """The predictor of a run, given as such or by its folder or name; ``pbc`` is the model
+        that comes with the package. Of a cross-validation it is an :class:`Ensemble`.
 
         Raises:
             BloodcellError: there is no such run, it has no model yet, or its files do not fit
@@ -102,8 +104,10 @@ class Predictor:
                 f"min_confidence is {min_confidence}.", "Give --min-confidence from 0 to 1."
             )
         run = run if isinstance(run, Run) else Run.open(run)
-        run.require_model()
         config = run.config
+        if config.folds:
+            return Ensemble([cls.load(f, tta, min_confidence, device) for f in _folds(run)])
+        run.require_model()
         model, _ = load_model(config.arch, len(config.classes), config.size, "none")
         load_weights(model, run.path / "model.safetensors", config.classes)
         return cls(
@@ -179,6 +183,12 @@ class Predictor:
         shares = [softmax(logits, temperature) for logits, _ in results]
         return np.mean(shares, axis=0), torch.stack([features for _, features in results]).mean(0)
 
+    def nearest(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """How far images are from the training images, float (n,) from 0 to 2, and the path of
+        the nearest one of each. Only with a reference."""
+        distances, rows = self.reference.nearest(features)
+        return distances, self.reference.table.path.to_numpy()[rows]
+
     def table(
         self, paths: Sequence[str], probabilities: np.ndarray, features: torch.Tensor
     ) -> pd.DataFrame:
@@ -187,10 +197,10 @@ class Predictor:
         confidence = probabilities.max(axis=1)
         flag = np.where(confidence < self.min_confidence, UNCERTAIN, "").astype(object)
         seen = {}
-        if self.reference is not None:
-            distance, rows = self.reference.nearest(features)
-            flag[distance > self.calibration.distance_threshold] = UNLIKE
-            seen = {"distance": distance, "nearest": self.reference.table.path.to_numpy()[rows]}
+        if self.distance_threshold is not None:
+            distance, nearest = self.nearest(features)
+            flag[distance > self.distance_threshold] = UNLIKE
+            seen = {"distance": distance, "nearest": nearest}
         columns = {
             "path": list(paths),
             "predicted": np.array(classes)[probabilities.argmax(axis=1)],
@@ -239,6 +249,66 @@ class Predictor:
         """Probabilities and features of no image."""
         width = self.reference.features.shape[1] if self.reference is not None else 0
         return np.empty((0, len(self.config.classes))), torch.empty(0, width)
+
+
+class Ensemble(Predictor):
+    """The models of a cross-validation, asked together.
+
+    Probabilities are the mean of the calibrated ones of the models (a deep ensemble,
+    Lakshminarayanan et al. 2017). ``distance`` is the mean of their distances, and an image is
+    unlike training where it is above the mean of their thresholds; ``nearest`` is what the
+    model finds that has it nearest.
+
+    Args:
+        members: predictors of models that take the same pictures and know the same classes.
+    """
+
+    def __init__(self, members: Sequence[Predictor]):
+        first, thresholds = members[0], [member.distance_threshold for member in members]
+        self.members, self.config = list(members), first.config
+        self.min_confidence, self.batch_size = first.min_confidence, first.batch_size
+        self.distance_threshold = None if None in thresholds else float(np.mean(thresholds))
+
+    def probabilities(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        """As of a single model; the features of the models stand beside one another."""
+        return self._join([member.probabilities(images) for member in self.members])
+
+    def nearest(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The mean of the models' distances, and the path of the nearest image to any."""
+        parts = features.tensor_split(len(self.members), dim=1)
+        found = [member.nearest(part) for member, part in zip(self.members, parts, strict=True)]
+        distances, paths = (np.stack(values) for values in zip(*found, strict=True))
+        return distances.mean(axis=0), paths[distances.argmin(axis=0), np.arange(len(features))]
+
+    def _nothing(self) -> tuple[np.ndarray, torch.Tensor]:
+        return self._join([member._nothing() for member in self.members])
+
+    @staticmethod
+    def _join(
+        results: Sequence[tuple[np.ndarray, torch.Tensor]],
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        shares, features = zip(*results, strict=True)
+        return np.mean(shares, axis=0), torch.cat(features, dim=1)
+
+
+def _folds(run: Run) -> list[Run]:
+    """The runs of a cross-validation.
+
+    Raises:
+        BloodcellError: one is not trained to its end, or they are not of one kind.
+    """
+    folds = [run.fold(number) for number in range(1, run.config.folds + 1)]
+    if left := [fold.name for fold in folds if not (fold.started and fold.finished)]:
+        raise BloodcellError(
+            f"Run {run.name} is not trained to its end: {left[0]} is missing.",
+            f"Go on with it: {run.resume_command}",
+        )
+    kinds = {(c.arch, c.size, c.crop, c.classes) for c in (fold.config for fold in folds)}
+    if len(kinds) > 1:
+        raise BloodcellError(
+            f"The folds of run {run.name} are models of different kinds.", "Was a config edited?"
+        )
+    return folds
 
 
 def find_images(sources: Iterable[str | Path], listed: Iterable[str] = ()) -> Iterator[str]:

@@ -30,6 +30,7 @@ from ..data.blocks import used_crop
 from ..errors import BloodcellError, usage_error
 from .callbacks import measure_on_device, precision_callback
 from .optimizer import FusedAdam
+from .ready import READY, ready_for, ready_weights
 
 HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; with retries well below 15
 
@@ -90,8 +91,10 @@ def blood_learner(
         dls: from :func:`~bloodcell_fastai.data.blocks.blood_dls`, or any fastai image
             ``DataLoaders`` that normalise for ``arch``.
         arch: any architecture of timm's.
-        weights: ``imagenet`` (from the hub or its cache), a ``.safetensors`` or ``.pth`` file
-            in timm's naming, ``none``, or ``auto``: imagenet, else none with a warning.
+        weights: ``pbc`` (blood cells; they come with the package), ``imagenet`` (from the hub
+            or its cache), a ``.safetensors`` or ``.pth`` file in timm's naming, ``none``, or
+            ``auto``: pbc if they are of this architecture, else imagenet, else none with a
+            warning.
         size: side of the input in pixels; found from a batch of ``dls`` if not given.
         n_out: number of classes, ``len(dls.vocab)`` if not given.
         label_smoothing: of the cross-entropy loss, 0 to 1.
@@ -170,12 +173,14 @@ def load_model(
     """Create a timm model and load its first weights; see :func:`blood_learner`.
 
     Returns:
-        The model and what it started from: ``none``, ``imagenet`` (with timm's tag) or the
-        name of a file.
+        The model and what it started from: ``none``, ``imagenet`` (with timm's tag), ``pbc``
+        (with what that is) or the name of a file.
     """
     weights = str(weights)
     if weights == "auto":
-        if (reason := _why_no_pretrained(arch)) is None:
+        if (name := ready_for(arch)) is not None:
+            weights = name
+        elif (reason := _why_no_pretrained(arch)) is None:
             weights = "imagenet"
         else:
             weights = "none"
@@ -195,6 +200,10 @@ def load_model(
                 "Use --weights FILE with weights you have, or --weights none.",
             )
         return _create(arch, n_out, size, pretrained=True), f"imagenet ({arch})"
+    if weights in READY:
+        path = ready_weights(weights, arch)
+        used = f"{weights} ({READY[weights].images})"
+        return _create_from(path, arch, n_out, size), used
     path = Path(weights)
     return _create_from(path, arch, n_out, size), path.name
 
@@ -246,7 +255,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.is_file():
         raise BloodcellError(
-            f"No weights file {path}.", "Use auto, imagenet, none, or the path of a file."
+            f"No weights file {path}.",
+            f"Use auto, {', '.join(READY)}, imagenet, none, or the path of a file.",
         )
     try:
         if path.suffix == ".safetensors":
@@ -385,6 +395,8 @@ def _create_from(path: Path, arch: str, n_out: int, size: int) -> nn.Module:
     fresh = _create(arch, n_out, size)
     classifier = f"{fresh.pretrained_cfg.get('classifier')}."
     _check_fit(path, state, fresh.state_dict(), free=(classifier, *_RESIZED))
+    # In half precision timm would resize the position biases so too.
+    state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
     rows = [len(value) for key, value in state.items() if key == f"{classifier}weight"]
     if not rows:  # timm drops the file's classifier before loading and expects one to drop
         new = {k: v for k, v in fresh.state_dict().items() if k.startswith(classifier)}

@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -30,9 +30,11 @@ from ..files import (
     write_table,
     write_text,
 )
+from ..reporter import Reporter
 from .calibration import Calibration, Reference
 from .checkpoints import bad_checkpoint, check_optimizer, read_checkpoint
 from .learner import load_weights, read_tensors, timm_model
+from .ready import DEFAULT_READY, READY, introduce, ready_path, ready_source
 
 IMAGE_COLUMNS = ["path", "label", "subset", "photo", "part"]
 REFERENCE_COLUMNS = ["path", "label", "photo"]
@@ -75,7 +77,8 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path | None = None, root: str | Path = "runs") -> "Run":
-        """The run of that path, or of that name under ``root``; the newest if None.
+        """The run of that path, of that name under ``root``, or, where there is no such run,
+        the model of that name that comes with the package; the newest under ``root`` if None.
 
         Raises:
             BloodcellError: there is none.
@@ -89,9 +92,12 @@ class Run:
         for candidate in (Path(path), root / path):
             if (candidate / "config.json").is_file():
                 return cls(candidate)
+        if str(path) in READY:
+            return cls(ready_path(str(path)))
         raise BloodcellError(
             f"{path} is not a run, nor is {root / path}.",
-            f"Runs here: {', '.join(r.name for r in all_runs(root)) or 'none'}.",
+            f"Runs here: {', '.join(r.name for r in all_runs(root)) or 'none'}. With the package "
+            f"comes: {', '.join(READY)}.",
         )
 
     @property
@@ -221,14 +227,18 @@ class Run:
             write_text(path, "".join(lines[: epochs + 1]))
 
     def save_model(self, learn: Learner) -> None:
-        """Write the weights as they are now, in timm's naming, as the best of the run.
+        """Write the weights as they are now as the best of the run; see :meth:`save_weights`."""
+        self.save_weights(timm_model(learn).state_dict(), learn.dls.vocab)
+
+    def save_weights(self, state: Mapping[str, torch.Tensor], classes: Sequence[str]) -> None:
+        """Write tensors in timm's naming as ``model.safetensors``, with the names of its outputs.
 
         A calibration and a stress test of the weights before them go.
         """
         for name in ("calibration.json", "stress.csv"):
             (self.path / name).unlink(missing_ok=True)
-        classes = {"classes": json.dumps(list(learn.dls.vocab))}
-        _write_tensors(self.path / "model.safetensors", timm_model(learn).state_dict(), classes)
+        metadata = {"classes": json.dumps(list(classes))}
+        _write_tensors(self.path / "model.safetensors", state, metadata)
 
     def load_model(self, learn: Learner) -> None:
         """Put the run's best weights into ``learn``.
@@ -306,6 +316,10 @@ class Run:
                 f"Name one of them: {self.name}/fold-1",
             )
 
+    def fold(self, number: int) -> "Run":
+        """One of the runs of several folds, counted from 1; it need not be there yet."""
+        return Run(self.path / f"fold-{number}")
+
     def save_last(self, learn: Learner, epochs_done: int, best: float, wait: int) -> None:
         """Write what resuming needs, in one file, so that its parts always belong together."""
         tensors, plain = _pack_optimizer(learn.opt.state_dict())
@@ -362,6 +376,28 @@ def all_runs(root: str | Path = "runs") -> list[Run]:
     """The runs under ``root``, oldest first."""
     configs = Path(root).glob("*/config.json")
     return [Run(path.parent) for path in sorted(configs, key=lambda p: p.stat().st_mtime_ns)]
+
+
+def open_model(
+    path: str | Path | None = None, root: str | Path = "runs", reporter: Reporter | None = None
+) -> Run:
+    """The run to predict with: as :meth:`Run.open`, and where nothing is named and nothing was
+    trained, the model that comes with the package.
+
+    Args:
+        path: folder or name of a run, or ``pbc`` for the model that comes with the package.
+        root: folder of the runs.
+        reporter: told what the model that comes with the package is and is not, if it is taken.
+
+    Raises:
+        BloodcellError: there is no run of that name, or the installation lacks the model.
+    """
+    if path is None and not all_runs(root):
+        path = ready_path(DEFAULT_READY)
+    run = Run.open(path, root)
+    if ready_source(run.path):
+        (reporter or Reporter()).warn(introduce(run.name, run.config))
+    return run
 
 
 def newest_unfinished(root: str | Path = "runs") -> Run:
@@ -423,7 +459,7 @@ def _new_folder(root: Path, name: str) -> Path:
 
 
 def _write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file; an error of the disk is an OSError, as from any other file."""
     plain = {key: value.detach().contiguous() for key, value in tensors.items()}

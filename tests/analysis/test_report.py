@@ -269,8 +269,9 @@ def test_the_command_asks_for_the_same_run(config):
 def test_the_command_names_the_weights_and_the_demo_it_came_to():
     config = Config(data="/home/me/data/demo", weights_used="none", warnings=("DEMO DATA: drawn.",))
     assert fit_command(config) == "bloodcell fit --data demo --weights none --epochs 20"
-    pretrained = replace(config, weights_used="ImageNet", pretrained=True)
-    assert "--weights imagenet" in fit_command(pretrained)
+    for used in ("imagenet (resnet18)", "pbc (blood cells)"):
+        pretrained = replace(config, weights_used=used, pretrained=True)
+        assert f"--weights {used.split()[0]} " in fit_command(pretrained)
 
 
 def test_the_fingerprint_is_that_of_the_data_alone(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ import pytest
 from fastai.vision.all import set_seed
 
 from bloodcell_fastai import BloodcellError, Config, Predictor, Run, interpret_run, split_table
+from bloodcell_fastai.analysis.interpretation import read_results
 from bloodcell_fastai.analysis.report import interval, percent
 from bloodcell_fastai.reporter import Reporter
 from bloodcell_fastai.training.fit import make_learner, resolve
@@ -438,3 +440,20 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     with pytest.raises(BloodcellError, match="Serving needs the package gradio") as raised:
         importlib.import_module("bloodcell_fastai.serving.app")
     assert raised.value.hint == 'pip install "bloodcell-fastai[serve]"'
+
+
+def test_what_comes_with_the_package_is_served(shipped, trained):
+    """It brings its scores and the split with it, and its training images not."""
+    service = app.Service(Run(shipped), device="cpu")
+    card, table = service.card, trained.table
+    assert (card.run, card.n_train_images) == ("pbc", (table.part == "train").sum())
+    assert card.scores.accuracy == read_results(trained).metrics["accuracy"]
+    batch = service.predict(table.path[:2].tolist())
+    assert not Path(service.nearest(batch.features, 1)[0].path.iloc[0]).is_file()
+
+
+def test_folds_are_not_served(trained, tmp_path):
+    parent = Run(tmp_path / "cv")
+    parent.start(replace(trained.config, folds=2), trained.table)
+    with pytest.raises(BloodcellError, match="Run cv has 2 models, one for each fold"):
+        app.Service(parent)

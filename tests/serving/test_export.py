@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,10 +24,12 @@ from bloodcell_fastai import BloodcellError, Config, Run, export_run, interpret,
 from bloodcell_fastai.analysis.interpretation import write_results
 from bloodcell_fastai.data.dataset import open_image
 from bloodcell_fastai.serving import export
+from bloodcell_fastai.serving.card import model_card
 from bloodcell_fastai.training.calibration import Calibration
 from bloodcell_fastai.training.callbacks import precision_callback
 from bloodcell_fastai.training.fit import make_learner, resolve
 from bloodcell_fastai.training.learner import timm_model
+from bloodcell_fastai.training.ready import READY
 
 TEMPERATURE = 2.5
 WARNING = "DEMO DATA: drawn by code, not photographed."
@@ -324,6 +327,69 @@ def test_the_model_card(run, tmp_path, calibrated):
         assert words in card.text
     assert str(Path(run.config.data).parent) not in card.content
     assert "{{" not in card.content
+
+
+def test_a_packed_run_is_checked_and_tells_what_it_is(run, tmp_path, capsys):
+    folder = export_run(run, "ready", tmp_path / "mine")
+    said = capsys.readouterr().out
+    assert re.search(r"change a probability by at most [\d.]+e-0[3-9]\. \d\d\.\d MB", said), said
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.license) == ("bloodcell-fastai", None)
+    assert card.text.lstrip().startswith("# mine")
+    for words in ("bloodcell predict IMAGES --run FOLDER", "bloodcell fit --data demo", WARNING):
+        assert words in card.text
+    assert "{{" not in card.content
+    assert str(Path(run.config.data).parent) not in card.content
+    shutil.rmtree(folder / "last")
+    again = export_run(run, "ready", folder)  # over what is there
+    assert (again / "last" / "finished.json").is_file()
+
+
+def test_the_card_of_what_comes_with_the_package_names_its_images(shipped, tmp_path, monkeypatch):
+    source = READY["pbc"]
+    own = (shipped / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)  # its own folder is nobody's to write to
+    folder = export_run(Run(shipped), "timm")
+    assert folder == Path("export/timm")
+    for card in (own, (folder / "README.md").read_text(encoding="utf-8")):
+        assert ModelCard(card).data.license == "cc-by-4.0"
+        for words in (
+            source.citation,
+            source.limits,
+            "no medical\ndevice",
+            "passes these weights on",
+        ):
+            assert words in card
+    assert "Not evaluated" not in own
+
+
+def test_the_card_of_a_model_that_started_from_it_names_its_images(run, tmp_path):
+    started = Run(shutil.copytree(run.path, tmp_path / "started"))
+    used = replace(run.config, pretrained=True, weights_used="pbc (blood cells)")
+    started.start(used, run.table)
+    card = model_card(started, "timm")
+    assert f"(cc-by-4.0, trained on the images of {READY['pbc'].citation})" in card
+    assert ModelCard(card).data.license is None
+
+
+def test_weights_that_half_precision_spoils_are_not_kept(run, tmp_path, monkeypatch):
+    def coarse(state):
+        return {k: v.half().float().mul(8).round().div(8).to(v.dtype) for k, v in state.items()}
+
+    monkeypatch.setattr(export, "half_precision", coarse)
+    with pytest.raises(
+        BloodcellError, match=r"In half precision the model answers otherwise.*0\.01"
+    ):
+        export_run(run, "ready", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["timm", "ready"])
+def test_a_run_is_not_written_over(run, format):
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(BloodcellError, match="is the run itself, which would be written over"):
+        export_run(run, format, run.path)
+    assert (run.path / "config.json").read_bytes() == before
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from bloodcell_fastai import BloodcellError, Config, Predictor, Run, interpret_run, split_table
 from bloodcell_fastai.serving.inference import PredictionFile, find_images, predict
@@ -222,3 +224,67 @@ def test_names_in_no_encoding_are_written(tmp_path):
     names = ["caf\udce9.jpg", 'a "b", c.jpg', "new\nline.jpg"]
     file.append(pd.DataFrame({"path": names}))
     assert PredictionFile(tmp_path / "out.csv", ["path"], resume=True).done == set(names)
+
+
+@pytest.fixture(scope="module")
+def folds(run, tmp_path_factory):
+    """A cross-validation of two models that disagree, calibrated each on its own."""
+    parent = Run(tmp_path_factory.mktemp("runs") / "cv")
+    parent.start(replace(run.config, folds=2), run.table)
+    for number in (1, 2):
+        fold = Run(shutil.copytree(run.path, parent.fold(number).path))
+        if number == 2:
+            state = load_file(fold.path / "model.safetensors")
+            state["fc.weight"] = state["fc.weight"].flip(0)
+            state["conv1.weight"] = state["conv1.weight"].flip(1)  # blue for red
+            fold.save_weights(state, run.config.classes)  # and so it is calibrated anew
+            interpret_run(fold)
+        fold.finish()
+    return parent
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_folds_predict_together(folds, paths, tta, tmp_path):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "black.png")
+    images = [*paths, str(tmp_path / "black.png")]
+    table = Predictor.load(folds, tta=tta)(images)
+    single = [Predictor.load(folds.fold(number), tta=tta)(images) for number in (1, 2)]
+    shares = [part.filter(like="p_").to_numpy() for part in single]
+    assert np.abs(shares[0] - shares[1]).max() > 0.01
+    assert np.allclose(table.filter(like="p_"), np.mean(shares, axis=0), atol=1e-6)
+    assert (table.confidence == table.filter(like="p_").max(axis=1)).all()
+    distances = np.stack([part.distance for part in single])
+    assert np.allclose(table.distance, distances.mean(axis=0), atol=2e-3)
+    limits = [folds.fold(number).calibration.distance_threshold for number in (1, 2)]
+    assert limits[0] != limits[1]
+    assert (table.flag == "unlike training").tolist() == (table.distance > np.mean(limits)).tolist()
+    assert table.flag.iloc[-1] == "unlike training"
+    apart = np.abs(distances[0] - distances[1]) > 4e-3
+    nearer = np.where(distances[0] < distances[1], single[0].nearest, single[1].nearest)
+    assert (table.nearest[apart] == nearer[apart]).all()
+    assert (single[0].nearest != single[1].nearest)[apart].any()
+
+
+def test_folds_flag_as_a_single_model_does(folds, paths):
+    assert "uncertain" in set(Predictor.load(folds, min_confidence=1.0)(paths).flag)
+    assert list(Predictor.load(folds)([])) == list(Predictor.load(folds.fold(1))([]))
+
+
+def test_a_file_of_folds_is_gone_on_with(folds, paths, tmp_path):
+    predictor, out = Predictor.load(folds), tmp_path / "out.csv"
+    predict(predictor, paths[:6], out)
+    out.write_bytes(out.read_bytes()[:-30])
+    assert predict(predictor, paths[:10], out, resume=True).already_done == 5
+    pd.testing.assert_frame_equal(read(out), predictor(paths[:10]), check_dtype=False, atol=2e-3)
+
+
+def test_folds_that_are_not_all_there(folds, tmp_path):
+    copy = Run(shutil.copytree(folds.path, tmp_path / "cv"))
+    classes = copy.fold(2).config.classes
+    replace(copy.config, folds=0, classes=classes[::-1]).save(copy.fold(2).path / "config.json")
+    with pytest.raises(BloodcellError, match="folds of run cv are models of different kinds"):
+        Predictor.load(copy)
+    (copy.fold(2).path / "last" / "finished.json").unlink()
+    with pytest.raises(BloodcellError, match="not trained to its end: fold-2 is missing") as left:
+        Predictor.load(copy)
+    assert "bloodcell fit --resume --name cv" in left.value.hint
