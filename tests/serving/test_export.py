@@ -23,6 +23,7 @@ from torch import nn
 from bloodcell_fastai import BloodcellError, Config, Run, export_run, interpret, split_table
 from bloodcell_fastai.analysis.interpretation import write_results
 from bloodcell_fastai.data.dataset import open_image
+from bloodcell_fastai.data.framing import framed
 from bloodcell_fastai.serving import export
 from bloodcell_fastai.serving.card import model_card
 from bloodcell_fastai.training.calibration import Calibration
@@ -133,9 +134,12 @@ def test_onnx_takes_pictures_of_any_size_and_number(run, onnx_folder):
     (wanted,) = session.get_inputs()
     assert (wanted.name, wanted.type, wanted.shape[3]) == ("images", "tensor(uint8)", 3)
     paths = run.expected.predictions.path[:6]
-    images = [np.asarray(open_image(path)) for path in paths]
-    (together,) = session.run(None, {"images": np.stack(images)})
-    np.testing.assert_allclose(together, warmer(run.expected.probabilities[:6]), atol=2e-3)
+    images = [np.asarray(framed(open_image(path), "cell")) for path in paths]
+    answers = [session.run(None, {"images": image[None]})[0] for image in images]
+    expected = warmer(run.expected.probabilities[:6])
+    np.testing.assert_allclose(np.concatenate(answers), expected, atol=2e-3)
+    (together,) = session.run(None, {"images": np.stack([images[0]] * 3)})
+    np.testing.assert_allclose(together, expected[[0] * 3], atol=2e-3)
     model, _ = export._load(run)
     for width, height in ((64, 64), (90, 200), (33, 47), (640, 480)):
         picture = Image.fromarray(images[0]).resize((width, height))
@@ -238,6 +242,15 @@ print(json.dumps(answers))
 """
 
 
+def write_framed(paths, folder: Path) -> list[str]:
+    """The pictures as the networks saw them, for those who cannot frame them."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{number}.png" for number in range(len(paths))]
+    for path, file in zip(paths, files, strict=True):
+        framed(open_image(path), "cell").save(file)
+    return list(map(str, files))
+
+
 def test_timm_alone_predicts_what_the_run_does(run, vit, tmp_path, monkeypatch):
     """In a process that cannot import this package; so do the lines of the model card."""
     folders = {"plain": run, "vit": vit, "calibrated": run}
@@ -245,9 +258,17 @@ def test_timm_alone_predicts_what_the_run_does(run, vit, tmp_path, monkeypatch):
         if name == "calibrated":
             calibrate(monkeypatch)
         folder = export_run(source, "timm", tmp_path / name)
-        shutil.copy(source.expected.predictions.path[0], folder / "cell.jpg")
+        shutil.copy(
+            write_framed(source.expected.predictions.path, tmp_path / "seen")[0],
+            folder / "cell.jpg",
+        )
         (folder / "snippet.py").write_text(code_block(folder).replace("FOLDER", str(folder)))
-    asked = {str(tmp_path / n): r.expected.predictions.path.tolist() for n, r in folders.items()}
+    asked = {
+        str(tmp_path / name): write_framed(
+            source.expected.predictions.path, tmp_path / name / "seen"
+        )
+        for name, source in folders.items()
+    }
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THIS_PACKAGE, json.dumps(asked)],
         capture_output=True,
