@@ -18,6 +18,7 @@ import timm
 import torch
 from fastai.vision.all import (
     CrossEntropyLossFlat,
+    DataLoaders,
     ImageDataLoaders,
     Learner,
     Normalize,
@@ -27,7 +28,7 @@ from fastai.vision.all import (
     aug_transforms,
 )
 
-from bloodcell_fastai import open_dataset, split_table, with_photos
+from bloodcell_fastai import augmentation, blood_dls, open_dataset, split_table, with_photos
 from bloodcell_fastai.config import DEFAULT_ARCH
 from bloodcell_fastai.data.smears import make_demo
 
@@ -74,6 +75,12 @@ def plain_dls(table: pd.DataFrame, arch: str, size: int, bs: int) -> ImageDataLo
         ],
         bs=bs,
     )
+
+
+def our_dls(table: pd.DataFrame, arch: str, size: int, bs: int = 64) -> DataLoaders:
+    """Our batches of the pictures that ``plain_dls`` shows: whole, and augmented as fastai does."""
+    same = augmentation(zoom=1.1, lighting=0.2, stain=0, sharpness=0, noise=0)
+    return blood_dls(table, arch, size, bs, crop="frame", batch_tfms=same)
 
 
 def plain_learner(dls: ImageDataLoaders, model: torch.nn.Module) -> Learner:

@@ -9,11 +9,20 @@ network with the same weights, the same images.
 
 import matplotlib
 import numpy as np
-from common import arguments, in_turn, machine, plain_dls, plain_learner, read_table, seconds
+from common import (
+    arguments,
+    in_turn,
+    machine,
+    our_dls,
+    plain_dls,
+    plain_learner,
+    read_table,
+    seconds,
+)
 from fastai.vision.all import ClassificationInterpretation
 from matplotlib import pyplot
 
-from bloodcell_fastai import blood_dls, blood_learner, interpret, timm_model
+from bloodcell_fastai import blood_learner, interpret, timm_model
 
 matplotlib.use("agg")
 
@@ -21,7 +30,7 @@ matplotlib.use("agg")
 def main() -> None:
     args = arguments(__doc__, images=96)
     table = read_table(args.data, 64, args.images)
-    ours = blood_learner(blood_dls(table, args.arch, args.size), args.arch, "none", args.size)
+    ours = blood_learner(our_dls(table, args.arch, args.size), args.arch, "none", args.size)
     plain = plain_learner(plain_dls(table, args.arch, args.size, 64), timm_model(ours))
     matrices = {}
 

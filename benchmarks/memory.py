@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import arguments, machine, plain_dls, read_table
+from common import arguments, machine, our_dls, plain_dls, read_table
 
 
 def main() -> None:
@@ -46,9 +46,9 @@ def train_plain(table, args, results) -> None:
 
 
 def train_ours(table, args, results) -> None:
-    from bloodcell_fastai import blood_dls, blood_learner
+    from bloodcell_fastai import blood_learner
 
-    dls = blood_dls(table, args.arch, args.size, args.batch_size)
+    dls = our_dls(table, args.arch, args.size, args.batch_size)
     _fit(blood_learner(dls, args.arch, "none", args.size), results)
 
 

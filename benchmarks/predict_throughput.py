@@ -66,7 +66,9 @@ def main() -> None:
 
 def make_run(table, args):
     """An untrained run, and its model in float32 and the default layout."""
-    config = Config(arch=args.arch, size=args.size, weights="none", epochs=1, batch_size=16)
+    config = Config(
+        arch=args.arch, size=args.size, weights="none", crop="frame", epochs=1, batch_size=16
+    )
     learn = make_learner(config, table)
     run = Run(Path(tempfile.mkdtemp(prefix="bench-")) / "run")
     run.start(resolve(config, learn), table)

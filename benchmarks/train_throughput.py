@@ -15,10 +15,10 @@ the last, so that nobody is charged for starting worker processes or compiling.
 import time
 
 import torch
-from common import arguments, in_turn, machine, plain_dls, read_table, synchronise
+from common import arguments, in_turn, machine, our_dls, plain_dls, read_table, synchronise
 from fastai.vision.all import Callback, accuracy, vision_learner
 
-from bloodcell_fastai import blood_dls, blood_learner, timm_model
+from bloodcell_fastai import blood_learner, timm_model
 from bloodcell_fastai.training.callbacks import Compile, autocast
 from bloodcell_fastai.training.optimizer import FusedAdam
 
@@ -49,7 +49,7 @@ def main() -> None:
         plain["plain fastai, to_fp16"] = plain_recipe(dls, args).to_fp16()
     extra = [Compile()] if args.compile else []
     ours = blood_learner(
-        blood_dls(table, args.arch, args.size, bs), args.arch, "none", args.size, cbs=extra
+        our_dls(table, args.arch, args.size, bs), args.arch, "none", args.size, cbs=extra
     )
     print(f"largest difference of a probability to float32: {check(ours):.4f}", flush=True)
     learners = plain | {"ours": ours}

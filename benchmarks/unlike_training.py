@@ -115,7 +115,9 @@ def auroc(known: np.ndarray, other: np.ndarray) -> float:
 
 def look(learn, paths: list) -> tuple[np.ndarray, np.ndarray]:
     """Logits and features of images."""
-    images = image_dls(paths, learn.arch, learn.size, learn.dls.bs, device=learn.dls.device)
+    images = image_dls(
+        paths, learn.arch, learn.size, learn.dls.bs, learn.crop, device=learn.dls.device
+    )
     logits, features, _ = predict_with_features(learn, images.valid)
     return logits, features
 

@@ -170,7 +170,7 @@ def test_decoded_images(tmp_path, demo_table, monkeypatch, marker, form):
     """What is no cache is made anew."""
     monkeypatch.setenv("BLOODCELL_CACHE", str(tmp_path / "cache"))
     paths = sorted(demo_table.path[:4])
-    file = pixels.cache_file(paths, 32)
+    file = pixels.cache_file(paths, 32, "cell")
     file.parent.mkdir()
     file.write_bytes(FORMS[form](marker))
     batch = next(Pixels.open(paths, 32, build=True).batches([paths]))
@@ -180,7 +180,7 @@ def test_decoded_images(tmp_path, demo_table, monkeypatch, marker, form):
 def test_decoded_images_of_another_type(tmp_path, demo_table, monkeypatch):
     monkeypatch.setenv("BLOODCELL_CACHE", str(tmp_path / "cache"))
     paths = sorted(demo_table.path[:4])
-    file = pixels.cache_file(paths, 32)
+    file = pixels.cache_file(paths, 32, "cell")
     file.parent.mkdir()
     np.save(file, np.zeros((4, 32, 32, 3), np.float64))
     assert next(Pixels.open(paths, 32, build=True).batches([paths])).dtype == torch.uint8
