@@ -153,6 +153,9 @@ def fit(
     label_smoothing: Annotated[
         float, typer.Option(help="Of the loss, 0 to 1.")
     ] = DEFAULTS.label_smoothing,
+    freeze_norm: Annotated[
+        bool, typer.Option("--freeze-norm", help="Keep batch normalisation's statistics.")
+    ] = DEFAULTS.freeze_norm,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0: none.")] = DEFAULTS.mixup,
     patience: Annotated[
         int, typer.Option(help="Stop after so many epochs without progress; 0: never.")
@@ -215,6 +218,7 @@ def fit(
         lr=_learning_rate(lr),
         wd=wd,
         label_smoothing=label_smoothing,
+        freeze_norm=freeze_norm,
         mixup=mixup,
         patience=patience,
         seed=seed,
@@ -246,14 +250,42 @@ def fit(
 @app.command()
 def interpret(
     run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Another data set to score it on: a zip or a folder.")
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="The only folder of --data to look at, such as TEST.")
+    ] = None,
+    stress: Annotated[
+        bool,
+        typer.Option("--stress", help="Also under other stain, light, focus, noise, scale …"),
+    ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Score a run on its validation images: report, matrix, curves, top losses."""
-    from .analysis.interpretation import interpret_run, summarise
+    """Score a run on its validation images, or on other data: report, matrix, top losses."""
+    from .analysis.interpretation import interpret_external, interpret_run, summarise
+    from .analysis.stress import describe_stress, read_stress
     from .training.runs import Run
 
+    if subset and not data:
+        raise usage_error("--subset is a part of --data, which is missing.", "Give --data.")
     chosen = Run.open(run, runs)
-    console.print(summarise(interpret_run(chosen), chosen.config))
+    if data and stress:
+        raise usage_error("--stress is for a run's own images.", "Leave out --data or --stress.")
+    if data:
+        from .data.dataset import open_dataset
+
+        dataset = open_dataset(data, progress=TerminalReporter().progress)
+        result, external, folder = interpret_external(chosen, dataset, subset)
+        console.print(summarise(result, chosen.config, external))
+        files = "predictions.csv, unknown.csv, metrics.json, report/index.html"
+        console.print(f"Written to {folder}: {files}")
+        return
+    console.print(
+        summarise(interpret_run(chosen, stress, TerminalReporter().progress), chosen.config)
+    )
+    if (measured := read_stress(chosen)) is not None:
+        console.print(describe_stress(measured))
     console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/index.html")
 
 

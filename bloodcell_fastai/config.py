@@ -19,14 +19,14 @@ class Config:
 
     Options carry fastai's names where fastai has one. ``lr`` is the maximum learning rate of
     the one-cycle schedule, 0 to find it with ``lr_find``. ``epochs`` counts all epochs; the
-    first ``freeze_epochs`` of them train the head alone (-1: one if the weights are
-    pretrained, else none). ``patience`` 0 means no early stopping, ``mixup`` 0 no mixup.
-    ``crop`` is ``cell`` or ``frame``. ``rotate`` is in degrees; ``zoom`` is the largest factor,
-    in and out; ``warp`` and ``lighting`` are fastai's ``max_warp`` and ``max_lighting``;
-    ``stain``, ``sharpness`` and ``noise`` are those of
-    :func:`~bloodcell_fastai.data.augmentation.augmentation`. ``workers`` counts the threads that decode images, -1
-    leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``, for ``torch.compile``
-    on CUDA.
+    first ``freeze_epochs`` of them train the head alone (-1: one if the weights are pretrained,
+    else none). ``freeze_norm`` keeps the statistics of batch normalisation. ``patience`` 0
+    means no early stopping, ``mixup`` 0 no mixup. ``crop`` is ``cell`` or ``frame``. ``rotate``
+    is in degrees; ``zoom`` is the largest factor, in and out; ``warp`` and ``lighting`` are
+    fastai's ``max_warp`` and ``max_lighting``; ``stain``, ``sharpness`` and ``noise`` are those
+    of :func:`~bloodcell_fastai.data.augmentation.augmentation`. ``workers`` counts the threads
+    that decode images, -1 leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``,
+    for ``torch.compile`` on CUDA.
 
     The fields from ``classes`` on are filled in by the run itself.
 
@@ -46,6 +46,7 @@ class Config:
     lr: float = 1e-3
     wd: float = 0.01
     label_smoothing: float = 0.1
+    freeze_norm: bool = False
     mixup: float = 0.0
     patience: int = 0
     seed: int = 42
@@ -54,8 +55,8 @@ class Config:
     zoom: float = 1.25
     warp: float = 0.1
     lighting: float = 0.3
-    stain: float = 0.3
-    sharpness: float = 0.5
+    stain: float = 0.4
+    sharpness: float = 0.7
     noise: float = 0.03
     workers: int = -1
     device: str = "auto"

@@ -295,6 +295,21 @@ OPTION_ERRORS = [
     ("audit --data DEMO --run gone", None, "gone is not a run", "Runs here", 1),
 ]
 RUN_ERRORS = [
+    (
+        "interpret --data x",
+        lambda: images("x/BLAST", "x/BAND"),
+        "x shares no class with the model",
+        "knows EOSINOPHIL, .* has BAND, BLAST. Rename its folders",
+        1,
+    ),
+    (
+        "interpret --data x --subset TEST",
+        lambda: images("x/train/EO", "x/train/LY"),
+        "has no subset TEST",
+        "classes are: train",
+        1,
+    ),
+    ("interpret --subset TEST", None, "--subset is a part of --data", "Give --data", 2),
     (f"{FIT} --name mine", None, "There is a run named mine in runs", "another --name", 1),
     ("fit --resume", None, "No unfinished run in runs/", "bloodcell fit", 1),
     (

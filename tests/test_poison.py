@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import bloodcell_fastai
 from bloodcell_fastai import BloodcellError, Predictor, Run, interpret_run
 from bloodcell_fastai.analysis.interpretation import read_results
+from bloodcell_fastai.analysis.stress import read_stress
 from bloodcell_fastai.data import pixels
 from bloodcell_fastai.data.dataset import read_folder
 from bloodcell_fastai.data.pixels import Pixels
@@ -125,6 +126,7 @@ READERS = {
     "reference.csv": Predictor.load,
     "split.csv": interpret_run,
     "history.csv": lambda run: run.history,
+    "stress.csv": read_stress,
     "predictions.csv": read_results,
     "metrics.json": lambda run: model_card(run, "timm"),
     "last/checkpoint.safetensors": lambda run: resume(run.path.parent, run.name, Silent()),

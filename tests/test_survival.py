@@ -229,7 +229,7 @@ def images_gone(learn) -> None:
 def broken_decoder(learn) -> None:
     from bloodcell_fastai.data import pixels
 
-    def decode(path, size):
+    def decode(path, size, crop):
         raise IndexError("a bug in a decoder")
 
     pixels.decode = decode

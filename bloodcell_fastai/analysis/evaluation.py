@@ -71,10 +71,11 @@ class Evaluation:
         return compute_metrics(self)
 
     def classification_report(self) -> str:
-        """Precision, recall and F1 as scikit-learn prints them."""
+        """Precision, recall and F1 of the classes that occur, as scikit-learn prints them."""
         table = self.predictions
+        occurring = [name for name in self.classes if (table.label == name).any()]
         return classification_report(
-            table.label, table.predicted, labels=self.classes, digits=4, zero_division=0
+            table.label, table.predicted, labels=occurring, digits=4, zero_division=0
         )
 
     def top_losses(self, k: int = 9, one_per_photo: bool = False) -> pd.DataFrame:
@@ -108,12 +109,16 @@ def evaluate(learn: Learner, temperature: float = 1.0) -> Evaluation:
 def prediction_table(
     table: pd.DataFrame, probabilities: np.ndarray, classes: tuple[str, ...]
 ) -> pd.DataFrame:
-    """The table of :class:`Evaluation` from an image table and its (images, classes) array."""
+    """The table of :class:`Evaluation` from an image table and its (images, classes) array.
+
+    The loss of an image whose label is none of the classes is NaN.
+    """
     best = probabilities.argmax(axis=1)
     true = pd.Index(classes).get_indexer(table.label)
     rows = np.arange(len(table))
     # float32 can round a probability to 0, whose loss would be infinite.
     of_true = np.maximum(probabilities[rows, true], np.finfo(np.float32).tiny)
+    of_true[true < 0] = np.nan
     columns = {
         "path": table.path,
         "label": table.label,
@@ -301,6 +306,28 @@ def bootstrap_ci(correct: np.ndarray, photos: pd.Series, seed: int = 0) -> list[
     right, count = totals.sum().to_numpy(), totals.count().to_numpy()
     drawn = resample_photos(len(right), seed)
     return _interval((drawn @ right) / (drawn @ count))
+
+
+def auroc_ci(
+    score: np.ndarray, is_class: np.ndarray, photos: pd.Series
+) -> tuple[float | None, list[float] | None]:
+    """The area under the ROC curve and its 95 % interval, as :func:`bootstrap_ci`.
+
+    Args:
+        score: float (images,), higher where the class is likelier.
+        is_class: bool (images,).
+        photos: id of each image's photograph.
+
+    Returns:
+        Both 0 to 1; None where all images are of the class, or none is.
+    """
+    if is_class.all() or not is_class.any():
+        return None, None
+    numbers = photos.factorize()[0]
+    drawn = resample_photos(numbers.max() + 1)
+    with np.errstate(invalid="ignore"):  # of a resample that lacks one side
+        areas = _resampled_auroc(score, is_class, numbers, drawn)
+    return float(roc_auc_score(is_class, score)), _interval(areas)
 
 
 def resample_photos(n_photos: int, seed: int = 0) -> np.ndarray:

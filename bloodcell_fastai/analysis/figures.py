@@ -212,6 +212,40 @@ def plot_coverage(evaluation: Evaluation) -> Figure:
     return figure
 
 
+def plot_stress(stress: pd.DataFrame, kinds: Sequence[str] = ()) -> Figure:
+    """Accuracy under each kind of corruption, a panel each, against its five strengths.
+
+    Bars are 95 % intervals; the dashed line is the accuracy on the untouched images.
+
+    Args:
+        stress: the table of :func:`~bloodcell_fastai.stress_test`.
+        kinds: those to show; all by default.
+    """
+    clean, corrupted = stress.iloc[0], stress[stress.strength > 0]
+    kinds = list(kinds or corrupted.kind.unique())
+    columns = min(len(kinds), 4)
+    rows = -(-len(kinds) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.9 * columns, 2.5 * rows))
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        for axes, kind in zip(grid.flat, kinds, strict=False):
+            shown = corrupted[corrupted.kind == kind]
+            axes.axhline(clean.accuracy, ls="--", lw=1, color=GREY, label="untouched")
+            bounds = (shown.accuracy_low, shown.accuracy_high)
+            axes.vlines(shown.strength, *bounds, color=BLUE, alpha=0.35, lw=3)
+            axes.plot(shown.strength, shown.accuracy, "o-", ms=5, color=BLUE)
+            axes.set(title=kind[:1].upper() + kind[1:], xlabel=shown.unit.iloc[0])
+            axes.set(xlim=(0.6, 5.4), ylim=(-0.02, 1.04))
+            axes.set_xticks(shown.strength, [f"{setting:g}" for setting in shown.setting])
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.grid(alpha=0.25)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("Accuracy")
+        if len(kinds) > 1:
+            grid[0, 0].legend(loc="lower left")
+    return figure
+
+
 def plot_siblings(pairs: Sequence[tuple[str, str]], matches: int = 30) -> Figure:
     """Pairs of images of one photograph, training on the left, validation on the right.
 

@@ -9,19 +9,28 @@ from fastai.vision.all import Learner
 from matplotlib.figure import Figure
 
 from ..config import Config
-from ..data.blocks import config_dls
+from ..data.blocks import config_dls, image_dls, pick_device
+from ..data.dataset import Dataset
 from ..data.provenance import with_photos
 from ..data.splits import photos_known
 from ..errors import BloodcellError, is_number
 from ..files import read_json, read_table, write_json, write_table, write_text
-from ..training.calibration import Reference, calibrate
+from ..reporter import Progress, no_progress
+from ..training.calibration import Reference, calibrate, predict_with_features, softmax
 from ..training.callbacks import use_progress
-from ..training.learner import blood_learner
+from ..training.learner import blood_learner, load_weights, timm_model
 from ..training.runs import Run
 from ..training.workflow import describe_leakage
 from . import figures
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate, prediction_table
+from .external import (
+    External,
+    describe_external,
+    external_metrics,
+    open_external,
+)
 from .report import write_report
+from .stress import read_stress, stress_images, stress_metrics, stress_test, write_stress
 
 
 class Interpretation(Evaluation):
@@ -88,12 +97,21 @@ def load_learner(run: Run) -> Learner:
     return learn
 
 
-def interpret_run(run: Run) -> Interpretation:
+def interpret_run(
+    run: Run, stress: bool = False, progress: Progress = no_progress
+) -> Interpretation:
     """Score a run's model on its validation images and write the results into its folder.
 
     Its probabilities are calibrated; a run from before there was a calibration is given one.
     Writes ``predictions.csv``, ``metrics.json`` and, in ``report/``, the page ``index.html``, the
     classification report and the figures.
+
+    Args:
+        run: with a model.
+        stress: corrupt images too and write ``stress.csv``; see
+            :func:`~bloodcell_fastai.stress_test`. It stays, and stays in the page, until it is
+            made anew or the model is another.
+        progress: told how far the stress test has come.
 
     Raises:
         BloodcellError: the run has no model yet, or its images are gone.
@@ -103,8 +121,74 @@ def interpret_run(run: Run) -> Interpretation:
     calibration = run.calibration or calibrate(learn, run)  # older runs have none
     result = _interpretation(evaluate(learn, calibration.temperature))
     result.predictions = with_nearest(result, run.reference)
+    if stress:
+        images = stress_images(run.table, seed=run.config.seed)
+        write_stress(run, stress_test(learn, images, progress))
     write_results(run, result, learn)
     return result
+
+
+def interpret_external(
+    run: Run, dataset: Dataset, subset: str | None = None
+) -> tuple[Interpretation, External, Path]:
+    """Score a run's model on another data set and write the results into a folder of the run.
+
+    Classes are matched by their names; images that the model was trained on are left out, and
+    those of classes it does not know are compared with the others by their distance to the
+    training images. The run's temperature and threshold are taken as they are.
+
+    Writes the files of :func:`interpret_run`, and ``unknown.csv`` with the predictions for the
+    images of unknown classes.
+
+    Args:
+        run: a trained run.
+        dataset: from :func:`~bloodcell_fastai.open_dataset`.
+        subset: the only folder of it to look at, such as ``TEST``.
+
+    Returns:
+        The result on the classes the model knows, what became of the images, and the folder.
+
+    Raises:
+        BloodcellError: the run has no model yet, or no image can be scored; see
+            :func:`~bloodcell_fastai.analysis.external.open_external`.
+    """
+    run.require_model()
+    external, config = open_external(run, dataset, subset), run.config
+    calibration = run.calibration or calibrate(load_learner(run), run)  # older runs have none
+    learn = _bare_learner(run, external.table.path)
+    logits, features, _ = predict_with_features(learn, learn.dls.valid)
+    shares = softmax(logits, calibration.temperature)
+    distance, rows = run.reference.nearest(features)
+    nearest = run.reference.table.path.to_numpy()[rows]
+    everything = prediction_table(external.table, shares, config.classes)
+    everything = everything.assign(distance=distance, nearest=nearest)
+
+    result = Interpretation(
+        everything[external.known].reset_index(drop=True),
+        config.classes,
+        None if external.unchecked or not photos_known(external.table) else 0.0,
+        calibration.temperature,
+        features.numpy()[external.known],
+    )
+    result.metrics |= {
+        "data": str(external.root),
+        "subset": external.subset,
+        "external": external_metrics(external, distance, calibration.distance_threshold),
+    }
+    folder = run.results_on(external.root, external.subset)
+    write_table(folder / "unknown.csv", everything[~external.known].drop(columns="loss"))
+    write_results(run, result, learn, folder, external)
+    return result, external, folder
+
+
+def _bare_learner(run: Run, paths: pd.Series) -> Learner:
+    """The learner of a run on images that may have no class, for which its own are not needed."""
+    config = run.config
+    images = image_dls(paths, config.arch, config.size, crop=config.crop, device=pick_device())
+    learn = blood_learner(images, config.arch, "none", size=config.size, n_out=len(config.classes))
+    load_weights(timm_model(learn), run.path / "model.safetensors", config.classes)
+    use_progress(learn)
+    return learn
 
 
 def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
@@ -115,20 +199,35 @@ def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
     return evaluation.predictions.assign(distance=distances, nearest=nearest)
 
 
-def write_results(run: Run, result: Interpretation, learn: Learner | None = None) -> None:
-    """Write the files of :func:`interpret_run`; without the learner the page has no heat maps."""
-    write_table(run.path / "predictions.csv", result.predictions)
-    write_json(run.path / "metrics.json", result.metrics)
-    write_text(run.report / "classification_report.txt", result.classification_report())
+def write_results(
+    run: Run,
+    result: Interpretation,
+    learn: Learner | None = None,
+    folder: Path | None = None,
+    external: External | None = None,
+) -> None:
+    """Write the files of :func:`interpret_run`; without the learner the page has no heat maps.
+
+    They go into the run, or, of another data set, into a ``folder`` of its own.
+    """
+    folder = folder or run.path
+    report = folder / run.report.name
+    stress = None if external else read_stress(run)
+    metrics = result.metrics | ({} if stress is None else {"stress": stress_metrics(stress)})
+    write_table(folder / "predictions.csv", result.predictions)
+    write_json(folder / "metrics.json", metrics)
+    write_text(report / "classification_report.txt", result.classification_report())
     pictures = {
         "confusion_matrix": result.plot_confusion_matrix(),
         "top_losses": result.plot_top_losses(),
     }
     if len(history := run.history):
         pictures["curves"] = figures.plot_history(history)
+    if stress is not None:
+        pictures["stress"] = figures.plot_stress(stress)
     for name, figure in pictures.items():
-        figures.save_figure(figure, run.report / f"{name}.png")
-    write_report(run, result, learn)
+        figures.save_figure(figure, report / f"{name}.png")
+    write_report(run, result, learn, report, external)
 
 
 def read_results(run: Run) -> Interpretation:
@@ -194,16 +293,17 @@ def _is_share(value: object) -> bool:
     return is_number(value, 0, 1)
 
 
-def summarise(result: Interpretation, config: Config) -> str:
+def summarise(result: Interpretation, config: Config, external: External | None = None) -> str:
     """The result as lines of text: what it was measured on, the headline, the report."""
     metrics = result.metrics
     unit = "photographs" if metrics["photos_known"] else "images (photographs unknown)"
+    leakage = [f"Leakage: {describe_leakage(result.leakage)}"]
     return "\n".join(
         [
             *(f"WARNING: {warning}" for warning in config.warnings),
             f"{config.arch} from {config.start}, {config.size} px, "
             + (f"{config.folds} folds" if config.folds else f"split {config.split}"),
-            f"Leakage: {describe_leakage(result.leakage)}",
+            *(_summarise_external(external, metrics) if external else leakage),
             f"Accuracy per image       {_with_interval(metrics, 'accuracy')}"
             f"   of {metrics['n_images']:,} images",
             f"Accuracy per photograph  {_with_interval(metrics, 'photo_accuracy')}"
@@ -214,6 +314,24 @@ def summarise(result: Interpretation, config: Config) -> str:
             *("  " + " ".join(f"{n:>6,}" for n in row) for row in result.confusion_matrix),
         ]
     )
+
+
+def _summarise_external(external: External, metrics: dict) -> list[str]:
+    found = metrics["external"]
+    kinds = {"flagged_known": "of the classes it knows", "flagged_unknown": "of the others"}
+    return [
+        *(f"WARNING: {external.name}: {warning}" for warning in external.warnings),
+        f"ANOTHER DATA SET than it was trained on: {external.root} {external.subset}".rstrip(),
+        *describe_external(external),
+        *(
+            f"Unlike training: {_with_interval(found, name)} {kind}"
+            for name, kind in kinds.items()
+            if found[name] is not None
+        ),
+        *([f"AUROC of the distance: {found['auroc']:.3f}"] if found["auroc"] is not None else []),
+        f"Calibration error: {metrics['ece']:.2%} with the run's temperature, "
+        f"{metrics['ece_uncalibrated']:.2%} without",
+    ]
 
 
 def _with_interval(metrics: dict, name: str) -> str:

@@ -32,6 +32,8 @@ from ..training.workflow import describe_leakage, duration
 from . import figures
 from .evaluation import BOOTSTRAP_SAMPLES, Evaluation
 from .explain import heat_maps, overlay
+from .external import External, describe_external
+from .stress import CLEAN, read_stress, stress_metrics
 
 DASH = "\N{EN DASH}"
 GALLERY = 8
@@ -46,20 +48,33 @@ SPLITS = {
 }
 
 
-def write_report(run: Run, result: Evaluation, learn: Learner | None = None) -> Path:
+def write_report(
+    run: Run,
+    result: Evaluation,
+    learn: Learner | None = None,
+    folder: Path | None = None,
+    external: External | None = None,
+) -> Path:
     """Write the page of a run into its ``report/``; return its path.
 
     Args:
         run: a run that was trained, or the parent of folds.
         result: the predictions for its validation images.
         learn: the run's learner, which the heat maps of the gallery need; None leaves them out.
+        folder: where the page goes if not there.
+        external: the other data set that ``result`` is of, if it is of one.
     """
-    path = run.report / "index.html"
-    write_text(path, render_report(run, result, learn))
+    path = (folder or run.report) / "index.html"
+    write_text(path, render_report(run, result, learn, external))
     return path
 
 
-def render_report(run: Run, result: Evaluation, learn: Learner | None = None) -> str:
+def render_report(
+    run: Run,
+    result: Evaluation,
+    learn: Learner | None = None,
+    external: External | None = None,
+) -> str:
     """The page as HTML; see :func:`write_report`."""
     config, table, history = run.config, run.table, run.history
     heat = _heat_maps(result, learn)
@@ -70,6 +85,8 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         source=Path(config.data).name or "not recorded",
         split=_describe_split(config),
         warnings=all_warnings(config),
+        external=external,
+        facts=describe_external(external) if external else [],
         samples=BOOTSTRAP_SAMPLES,
         metrics=result.metrics,
         classes=result.classes,
@@ -85,12 +102,15 @@ def render_report(run: Run, result: Evaluation, learn: Learner | None = None) ->
         folds=_read_folds(run, config.folds),
         reliability=_figure(figures.plot_reliability(result)),
         coverage=_figure(figures.plot_coverage(result)),
-        gallery=_gallery(result, table, config, heat),
+        stress=None if external else _stress(read_stress(run)),
+        gallery=_gallery(result, table, config, heat, external.root if external else None),
         no_heat=_why_no_heat(config, heat),
         calibration=None if config.folds else run.calibration,
         command=fit_command(config),
         options=asdict(config),
         fingerprint=fingerprint(table, Path(config.data)),
+        external_command=interpret_command(run, external) if external else None,
+        external_fingerprint=_fingerprint_of(external) if external else None,
     )
 
 
@@ -140,6 +160,14 @@ def fit_command(config: Config) -> str:
     return shlex.join(words)
 
 
+def interpret_command(run: Run, external: External) -> str:
+    """The command that scores the run on the other data set again."""
+    parent = Run(run.path.parent)
+    name = f"{parent.name}/{run.name}" if parent.started else run.name  # of a fold
+    words = ["bloodcell", "interpret", name, "--data", str(external.root)]
+    return shlex.join(words + (["--subset", external.subset] if external.subset else []))
+
+
 def fingerprint(table: pd.DataFrame, root: Path) -> str:
     """SHA-256 in hex of which images there are, their labels and parts (folds, if it has them).
 
@@ -150,6 +178,11 @@ def fingerprint(table: pd.DataFrame, root: Path) -> str:
     paths = [_relative(path, root) for path in table.path]
     lines = sorted(map("\t".join, zip(paths, table.label, part.astype(str), strict=True)))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _fingerprint_of(external: External) -> str:
+    table = external.table
+    return fingerprint(table.assign(label=table.theirs, part=""), external.root)
 
 
 def count_images(table: pd.DataFrame) -> list[dict]:
@@ -211,6 +244,22 @@ def _curves(history: pd.DataFrame) -> dict[str, str]:
     return {name: _figure(figures.plot_history(history, [name])) for name in ("accuracy", "loss")}
 
 
+def _stress(table: pd.DataFrame | None) -> dict | None:
+    """What the page shows of a stress test: its metrics, and of each kind the figure and rows."""
+    if table is None:
+        return None
+    kinds = [
+        {
+            "name": kind,
+            "unit": rows.unit.iloc[0],
+            "figure": _figure(figures.plot_stress(table, [kind])),
+            "rows": rows.to_dict("records"),
+        }
+        for kind, rows in table[table.kind != CLEAN].groupby("kind", sort=False)
+    ]
+    return {"metrics": stress_metrics(table), "kinds": kinds}
+
+
 def _read_folds(run: Run, folds: int) -> list[dict]:
     """``name``, metrics and history of each fold, from the runs inside ``run``."""
     result = []
@@ -247,9 +296,14 @@ def _why_no_heat(config: Config, heat: np.ndarray | None) -> str:
 
 
 def _gallery(
-    result: Evaluation, table: pd.DataFrame, config: Config, heat: np.ndarray | None
+    result: Evaluation,
+    table: pd.DataFrame,
+    config: Config,
+    heat: np.ndarray | None,
+    data: Path | None = None,
 ) -> list[dict]:
-    """What the page shows of each image of the gallery."""
+    """What the page shows of each image of the gallery; ``data`` is where they are, if not
+    where the training images are."""
     root = Path(config.data)
     labels = dict(zip(table.path, table.label, strict=True))
     tiles = []
@@ -261,7 +315,7 @@ def _gallery(
                 "predicted": row["predicted"],
                 "loss": row["loss"],
                 "distance": row.get("distance"),
-                "path": _relative(row["path"], root),
+                "path": _relative(row["path"], data or root),
                 "image": picture(row["path"]),
                 "heat": None if heat is None else picture(row["path"], heat[number], config.crop),
                 "nearest": nearest

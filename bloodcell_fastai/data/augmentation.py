@@ -25,8 +25,8 @@ def augmentation(
     zoom: float = 1.25,
     warp: float = 0.1,
     lighting: float = 0.3,
-    stain: float = 0.3,
-    sharpness: float = 0.5,
+    stain: float = 0.4,
+    sharpness: float = 0.7,
     noise: float = 0.03,
 ) -> list:
     """Transforms of whole batches that make pictures of cells vary as laboratories do.
@@ -120,12 +120,12 @@ class Stain(DisplayedTransform):
     """Another amount of each dye, and light of another tint, for every picture of a batch.
 
     The optical densities are taken apart into haematoxylin, eosin and the rest (Ruifrok and
-    Johnston 2001), each is multiplied by a factor, and they are put together again (Tellez et
-    al. 2018). The tint is a factor for each of red, green and blue.
+    Johnston 2001), multiplied by a factor for each and one for all, and put together again
+    (after Tellez et al. 2018). The tint is a factor for each of red, green and blue.
 
     Args:
-        strength: the dyes' factors lie within 1 - strength and 1 + strength, the densities
-            that the tint adds within a third of it.
+        strength: the natural logarithms of the dyes' factors, and of that for all, lie within
+            it, the densities that the tint adds within a quarter of it.
     """
 
     order, split_idx = LightingTfm.order, 0
@@ -135,8 +135,9 @@ class Stain(DisplayedTransform):
 
     def encodes(self, x: TensorImage):
         """Pictures (n, 3, size, size), float32 from 0 to 1."""
-        factors = 1 + self.strength * (2 * torch.rand(len(x), 3) - 1)
-        tints = self.strength / 3 * (2 * torch.rand(len(x), 3) - 1)
+        n = len(x)
+        factors = torch.exp(self.strength * (_symmetric(n, 3) + _symmetric(n, 1)))
+        tints = self.strength / 4 * _symmetric(n, 3)
         pictures = x.as_subclass(torch.Tensor)
         mixed = DYES.inverse() @ torch.diag_embed(factors) @ DYES  # (n, 3, 3), for row vectors
         return TensorImage(restain(pictures, mixed.to(x.device), tints.to(x.device)))
@@ -147,7 +148,7 @@ class Sharpness(DisplayedTransform):
 
     Args:
         strength: a picture is moved by up to this share of the difference to its blurred self,
-            away or, twice as far, towards it.
+            away or, twice as far but no further than that, towards it.
     """
 
     order, split_idx = LightingTfm.order + 1, 0
@@ -157,11 +158,10 @@ class Sharpness(DisplayedTransform):
 
     def encodes(self, x: TensorImage):
         """Pictures (n, 3, size, size), float32 from 0 to 1."""
-        shares = (self.strength * (3 * torch.rand(len(x), 1, 1, 1) - 1)).to(x.device)
+        shares = self.strength * (3 * torch.rand(len(x), 1, 1, 1) - 1)
         pictures = x.as_subclass(torch.Tensor)
-        sigma = pictures.shape[-1] / 100
-        blurred = gaussian_blur(pictures, [2 * round(2 * sigma) + 1] * 2, [sigma] * 2)
-        return TensorImage(torch.lerp(pictures, blurred, shares.clamp(max=1)).clamp_(0, 1))
+        shares = shares.clamp(max=1).to(x.device)
+        return TensorImage(torch.lerp(pictures, blur(pictures), shares).clamp_(0, 1))
 
 
 class Noise(DisplayedTransform):
@@ -182,6 +182,19 @@ class Noise(DisplayedTransform):
         pictures = x.as_subclass(torch.Tensor)
         noise = torch.randn(pictures.shape, device=x.device)
         return TensorImage((pictures + noise * deviations).clamp_(0, 1))
+
+
+def blur(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures (n, 3, size, size) under a Gaussian of a fiftieth of their side."""
+    sigma = pictures.shape[-1] / 50
+    side = 2 * round(2 * sigma) + 1
+    for kernel in ([side, 1], [1, side]):  # along one axis at a time is much less work
+        pictures = gaussian_blur(pictures, kernel, [sigma, sigma])
+    return pictures
+
+
+def _symmetric(*shape: int) -> torch.Tensor:
+    return 2 * torch.rand(*shape) - 1
 
 
 def restain(pictures: torch.Tensor, mixed: torch.Tensor, tints: torch.Tensor) -> torch.Tensor:

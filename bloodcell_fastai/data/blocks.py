@@ -29,7 +29,7 @@ from ..config import DEFAULT_ARCH, Config
 from ..errors import BloodcellError
 from .augmentation import augmentation
 from .dataset import Progress, no_progress, open_image
-from .framing import crop_box
+from .framing import framed
 from .pixels import Pixels
 
 
@@ -205,16 +205,16 @@ def config_dls(
 
 
 class Crop(Transform):
-    """Cut a picture to what :func:`~bloodcell_fastai.data.framing.crop_box` chooses."""
+    """What :func:`~bloodcell_fastai.data.framing.framed` leaves of a picture."""
 
-    order = -5  # before fastai's Resize
+    order = Resize.order - 1
 
     def __init__(self, crop: str):
         self.crop = crop
 
     def encodes(self, x: PILImage):
         """The part, a picture of the same type."""
-        return x.crop(crop_box(x, self.crop))
+        return type(x)(framed(x, self.crop))
 
 
 def item_transforms(size: int, crop: str = "cell") -> list:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,35 +15,52 @@ from PIL import Image
 from ..errors import BloodcellError
 from ..files import atomic_path, sole_writer
 from .dataset import Progress, no_progress, open_image
-from .framing import crop_box
+from .framing import framed
 
 CACHE_VERSION = 3  # raise it when decode() gives other pixels
 SPARE_DISK = 2**30  # bytes the cache leaves free
 BATCHES_AHEAD = 2
 
+Change = Callable[[Image.Image], Image.Image]
+"""What may be done to a picture, RGB, before the network's part is cut out of it."""
 
-def decode(path: str | Path, size: int, crop: str = "cell") -> np.ndarray:
-    """The part of an image that :func:`crop_box` chooses, squeezed to a square: uint8
-    (size, size, 3), what fastai's ``Resize(size, ResizeMethod.Squish)`` makes of it, bit for bit.
+
+def decode(
+    path: str | Path, size: int, crop: str = "cell", change: Change | None = None
+) -> np.ndarray:
+    """What :func:`~bloodcell_fastai.data.framing.framed` leaves of an image, squeezed to a
+    square: uint8 (size, size, 3), what fastai's ``Resize(size, ResizeMethod.Squish)`` makes of
+    it, bit for bit.
+
+    Args:
+        path: an image file.
+        size: side of the square, in pixels.
+        crop: ``cell`` or ``frame``, see :func:`framed`.
+        change: made to the whole picture first, so that the part is looked for in the result.
 
     Raises:
         OSError: the image cannot be read.
     """
     image = open_image(path)
-    part = image.crop(crop_box(image, crop))
+    part = framed(change(image) if change else image, crop)
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def decode_ahead(
-    chunks: Iterable[Sequence[str]], size: int, crop: str, threads: int | None = None
+    chunks: Iterable[Sequence[str]],
+    size: int,
+    crop: str,
+    threads: int | None = None,
+    change: Change | None = None,
 ) -> Iterator[tuple[Sequence[str], list[np.ndarray | OSError]]]:
     """Decode chunk after chunk in threads, a few chunks ahead of the consumer.
 
     Args:
         chunks: paths, a batch at a time; drawn from as they are needed.
         size: side of the square, in pixels.
-        crop: ``cell`` or ``frame``, see :func:`crop_box`.
+        crop: ``cell`` or ``frame``, see :func:`framed`.
         threads: how many decode; as many as there are processors, at most 8, if None.
+        change: see :func:`decode`.
 
     Yields:
         Each chunk with its images, uint8 (size, size, 3), or the error where one cannot be read.
@@ -52,7 +69,8 @@ def decode_ahead(
     waiting: deque[tuple[Sequence[str], list[Future]]] = deque()
     try:
         for chunk in chunks:
-            waiting.append((chunk, [pool.submit(_try_decode, path, size, crop) for path in chunk]))
+            futures = [pool.submit(_try_decode, path, size, crop, change) for path in chunk]
+            waiting.append((chunk, futures))
             if len(waiting) > BATCHES_AHEAD:
                 yield _finished(*waiting.popleft())
         while waiting:
@@ -66,10 +84,11 @@ class Pixels:
 
     Args:
         size: side of the square, in pixels.
-        crop: ``cell`` or ``frame``, see :func:`crop_box`.
+        crop: ``cell`` or ``frame``, see :func:`framed`.
         threads: see :func:`decode_ahead`.
         cached: uint8 (images, size, size, 3), or None.
         rows: the row of each path in ``cached``.
+        change: see :func:`decode`; what is cached passes it by.
     """
 
     def __init__(
@@ -79,9 +98,10 @@ class Pixels:
         threads: int | None = None,
         cached: np.ndarray | None = None,
         rows: dict[str, int] | None = None,
+        change: Change | None = None,
     ):
         self.size, self.crop, self.threads, self.rows = size, crop, threads, rows or {}
-        self._cached = cached
+        self._cached, self.change = cached, change
         self._on_device: torch.Tensor | None = None
 
     @classmethod
@@ -129,7 +149,8 @@ class Pixels:
             BloodcellError: an image cannot be read.
         """
         if self._cached is None:
-            for chunk, images in decode_ahead(chunks, self.size, self.crop, self.threads):
+            how = (self.size, self.crop, self.threads, self.change)
+            for chunk, images in decode_ahead(chunks, *how):
                 yield stack(chunk, images)
             return
         for chunk in chunks:
@@ -252,9 +273,11 @@ def _finished(chunk: Sequence[str], futures: list[Future]) -> tuple[Sequence[str
     return chunk, [future.result() for future in futures]
 
 
-def _try_decode(path: str, size: int, crop: str) -> np.ndarray | OSError:
+def _try_decode(
+    path: str, size: int, crop: str, change: Change | None = None
+) -> np.ndarray | OSError:
     try:
-        return decode(path, size, crop)
+        return decode(path, size, crop, change)
     except OSError as error:
         return error
     except Exception as error:  # a decoder that fails in its own way, or has no memory left

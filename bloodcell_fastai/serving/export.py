@@ -21,7 +21,7 @@ from ..analysis.interpretation import load_learner
 from ..config import Config
 from ..data.blocks import image_dls, normalization
 from ..data.dataset import open_image
-from ..data.framing import crop_box
+from ..data.framing import framed
 from ..data.pixels import decode
 from ..errors import BloodcellError, usage_error
 from ..files import atomic_path, write_text
@@ -46,13 +46,13 @@ HALF_CHECKED_IMAGES = 256
 BATCH = 16
 TIMED_SECONDS = 2.0
 PREPROCESSING = (
-    "images: uint8 RGB (n, height, width, 3), any height and width, not normalised; {part}. The graph "
-    "resizes them to {size} x {size} (bilinear with antialiasing, aspect ratio not kept), scales "
-    "to 0..1 and normalises. probabilities: float32 (n, {classes}), rows sum to 1."
+    "images: uint8 RGB (n, height, width, 3), any height and width, not normalised; {part}. "
+    "The graph resizes them to {size} x {size} (bilinear with antialiasing, aspect ratio not "
+    "kept), scales to 0..1 and normalises. probabilities: float32 (n, {classes}), rows sum to 1."
 )
 
 PARTS = {
-    "cell": "the square around the white cell that bloodcell_fastai.data.framing.crop_box gives",
+    "cell": "the square around the white cell that bloodcell_fastai.data.framing.framed makes",
     "frame": "the whole picture",
 }
 
@@ -374,7 +374,7 @@ def _check_graph(run: Run, path: Path, paths: list[str]) -> list[str]:
     session = InferenceSession(path, providers=["CPUExecutionProvider"])
     predict = _predictor(run)
     images = [open_image(name) for name in paths]
-    parts = [image.crop(crop_box(image, config.crop)) for image in images]
+    parts = [framed(image, config.crop) for image in images]
     resized = np.stack([decode(name, config.size, config.crop) for name in paths])
     network = _difference(
         _in_batches(lambda batch: _run(session, batch), resized),

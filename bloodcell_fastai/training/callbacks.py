@@ -172,6 +172,18 @@ class Compile(Callback):
             self.learn.model.compile()
 
 
+class FreezeNorm(Callback):
+    """Batch normalisation by the statistics the model started with, which its own batches, of
+    one laboratory, would replace by theirs. The scales and shifts are trained."""
+
+    order = TrainEvalCallback.order + 1
+
+    def before_train(self):
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
 class StopOnNaN(Callback):
     """Stop when the training loss is no longer a number, before it reaches the records.
 

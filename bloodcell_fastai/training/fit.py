@@ -18,6 +18,7 @@ from ..errors import BloodcellError
 from .callbacks import (
     Compile,
     EarlyStopping,
+    FreezeNorm,
     History,
     SaveBest,
     SaveLast,
@@ -75,6 +76,8 @@ def make_learner(
     set_seed(config.seed)
     dls = config_dls(table, config, cache, progress)
     extras = [MixUp(config.mixup)] if config.mixup else []
+    if config.freeze_norm:
+        extras.append(FreezeNorm())
     if compile_pays(config, len(dls.train_ds)):
         extras.append(Compile())
     return blood_learner(

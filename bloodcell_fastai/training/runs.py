@@ -119,6 +119,22 @@ class Run:
         """Folder of the report and its figures."""
         return self.path / "report"
 
+    def results_on(self, data: Path, subset: str = "") -> Path:
+        """Folder of the results on another data set, ``on/NAME``, whether it is there yet or not.
+
+        Another data set of the same name does not lose its results: the folder gets a number.
+
+        Args:
+            data: folder of the data set.
+            subset: the part of it that was looked at; empty: all of it.
+        """
+        name = "-".join(filter(None, (data.name[:100] or "data", subset[:100])))
+        for number in count(1):
+            folder = self.path / "on" / (name if number == 1 else f"{name}-{number}")
+            metrics = folder / "metrics.json"
+            if not metrics.is_file() or read_json(metrics).get("data") == str(data):
+                return folder
+
     @property
     def config(self) -> Config:
         """The run's options, as resolved when it began."""
@@ -217,9 +233,10 @@ class Run:
     def save_weights(self, state: Mapping[str, torch.Tensor], classes: Sequence[str]) -> None:
         """Write tensors in timm's naming as ``model.safetensors``, with the names of its outputs.
 
-        A calibration of the weights before them goes.
+        A calibration and a stress test of the weights before them go.
         """
-        (self.path / "calibration.json").unlink(missing_ok=True)
+        for name in ("calibration.json", "stress.csv"):
+            (self.path / name).unlink(missing_ok=True)
         metadata = {"classes": json.dumps(list(classes))}
         _write_tensors(self.path / "model.safetensors", state, metadata)
 

@@ -10,6 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from bloodcell_fastai import BloodcellError, blood_dls, blood_learner, split_table
 from bloodcell_fastai.analysis.explain import heat_maps, overlay
 from bloodcell_fastai.data.blocks import image_dls
+from bloodcell_fastai.data.dataset import open_image
+from bloodcell_fastai.data.framing import crop_box
 from bloodcell_fastai.training.calibration import predict_with_features
 from bloodcell_fastai.training.learner import timm_model
 
@@ -18,7 +20,8 @@ COPY = (320, 240)
 
 
 def make_learner(table, arch: str, size: int, weights="none"):
-    dls = blood_dls(table, arch, size, bs=8, device=CPU)
+    # Whole frames: a map that looks nowhere in particular would lie on the cell of a crop.
+    dls = blood_dls(table, arch, size, bs=8, crop="frame", device=CPU)
     return blood_learner(dls, arch, weights, size=size)
 
 
@@ -33,7 +36,7 @@ def lite0(table, lite0_weights):
     all: 93 % of the validation images are right, chance is 25 %."""
     learn = make_learner(table, "tf_efficientnet_lite0", 256, lite0_weights)
     train = table[table.part == "train"]
-    images = image_dls(train.path, learn.arch, learn.size, 16, device=CPU)
+    images = image_dls(train.path, learn.arch, learn.size, 16, "frame", device=CPU)
     with learn.no_bar():
         _, features, _ = predict_with_features(learn, images.valid)
     fitted = LogisticRegression(max_iter=500).fit(features, train.label)
@@ -90,7 +93,7 @@ def test_maps_go_from_0_to_1(maps, cells):
 
 def test_the_predicted_class_is_explained_or_the_one_asked_for(lite0, maps, cells):
     paths = cells.path.tolist()[:3]
-    images = image_dls(paths, lite0.arch, 256, 8, device=CPU)
+    images = image_dls(paths, lite0.arch, 256, 8, "frame", device=CPU)
     with lite0.no_bar():
         predicted = predict_with_features(lite0, images.valid)[0].argmax(axis=1)
     same = heat_maps(lite0, paths, predicted.tolist())
@@ -191,10 +194,30 @@ def test_overlay():
     picture = Image.new("RGB", (60, 20), (100, 150, 200))
     heat = np.zeros((8, 8), np.float32)
     heat[:, 4:] = 1
-    laid = np.asarray(overlay(picture, heat)).astype(int)
+    laid = np.asarray(overlay(picture, heat, "frame")).astype(int)
     assert laid.shape == (20, 60, 3)
     assert (laid[:, :20] == (100, 150, 200)).all()  # clear where it is cold
     hot = laid[:, 50:]
     assert (hot[..., 0] > 190).all()
     assert (hot[..., 2] < hot[..., 0] - 20).all()
-    assert overlay(picture.convert("L"), heat).mode == "RGB"
+    assert overlay(picture.convert("L"), heat, "frame").mode == "RGB"
+
+
+def test_the_heat_lies_where_the_network_looked(demo_table):
+    picture = open_image(demo_table.path[0])
+    left, top, right, bottom = crop_box(picture, "cell")
+    laid = np.asarray(overlay(picture, np.ones((8, 8), np.float32))).astype(int)
+    changed = (laid != np.asarray(picture)).any(axis=2)
+    assert changed[top:bottom, left:right].mean() > 0.9
+    changed[top:bottom, left:right] = False
+    assert not changed.any()
+
+
+def test_a_learner_of_cells_explains_the_cell(table):
+    dls = blood_dls(table, "resnet18", 64, bs=8, device=CPU)
+    learn = blood_learner(dls, "resnet18", "none", size=64)
+    assert learn.crop == "cell"
+    paths = table.path[:2].tolist()
+    maps = heat_maps(learn, paths, [0, 0])
+    learn.crop = "frame"
+    assert not np.allclose(maps, heat_maps(learn, paths, [0, 0]), atol=0.05)

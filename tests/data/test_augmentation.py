@@ -2,10 +2,27 @@ import pytest
 import torch
 from fastai.vision.all import AffineCoordTfm, TensorImage, aug_transforms, set_seed
 
-from bloodcell_fastai.data.augmentation import augmentation, relight, resample
+from bloodcell_fastai.data.augmentation import (
+    DYES,
+    Noise,
+    Sharpness,
+    Stain,
+    augmentation,
+    blur,
+    relight,
+    resample,
+    restain,
+)
 
-OPTIONS = {"rotate": 180.0, "zoom": 1.3, "warp": 0.2, "lighting": 0.3}
-FASTAIS = {"flip_vert": True, "max_rotate": 180.0, "max_zoom": 1.3, "max_warp": 0.2}
+PLAIN = {"stain": 0, "sharpness": 0, "noise": 0}
+OPTIONS = {"rotate": 180.0, "zoom": 1.3, "warp": 0.2, "lighting": 0.3} | PLAIN
+FASTAIS = {
+    "flip_vert": True,
+    "max_rotate": 180.0,
+    "min_zoom": 1 / 1.3,
+    "max_zoom": 1.3,
+    "max_warp": 0.2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +89,12 @@ def test_its_parameters_are_distributed_as_fastais(batch):
 
 
 def test_validation_pictures_pass_untouched(batch):
-    (transform,) = augmentation()
-    assert torch.equal(transform(batch, split_idx=1), batch)
+    for transform in augmentation():
+        assert torch.equal(transform(batch, split_idx=1), batch)
 
 
 def test_nothing_asked_for_is_nothing_done():
-    assert augmentation(flip=False, rotate=0, zoom=1, warp=0, lighting=0) == []
+    assert augmentation(flip=False, rotate=0, zoom=1, warp=0, lighting=0, **PLAIN) == []
 
 
 def test_the_identity_changes_nothing(batch):
@@ -90,9 +107,67 @@ def test_it_does_not_wait_for_the_device(batch, monkeypatch):
     def refuse(*args):
         raise AssertionError("reads a value back from the device")
 
-    (transform,) = augmentation()
+    transforms = augmentation()
     monkeypatch.setattr(torch.Tensor, "item", refuse)
     monkeypatch.setattr(torch.Tensor, "__bool__", refuse)
-    transform(batch.clone(), split_idx=0)
+    for transform in transforms:
+        transform(batch.clone(), split_idx=0)
     with pytest.raises(AssertionError):  # fastai's own does, so that the trap works
         next(t for t in aug_transforms() if isinstance(t, AffineCoordTfm))(batch, split_idx=0)
+
+
+def test_the_dyes_are_those_of_the_paper():
+    """A picture of one dye alone keeps its colour, however much of it there is."""
+    density = torch.tensor([0.2, 0.5])[:, None, None]  # of two pictures
+    haematoxylin = torch.exp(-density * DYES[0][:, None])[..., None]  # (2, 3, 1, 1)
+    twice = DYES.inverse() @ torch.diag(torch.tensor([2.0, 1.0, 1.0])) @ DYES
+    stained = restain(haematoxylin, twice.expand(2, 3, 3), torch.zeros(2, 3))
+    assert torch.allclose(stained, haematoxylin**2, atol=1e-5)
+    eosin = torch.exp(-density * DYES[1][:, None])[..., None]
+    assert torch.allclose(
+        restain(eosin, twice.expand(2, 3, 3), torch.zeros(2, 3)), eosin, atol=1e-5
+    )
+    darker = restain(eosin, torch.eye(3).expand(2, 3, 3), torch.tensor([[0.1, 0, 0]] * 2))
+    assert torch.allclose(darker[:, 0], eosin[:, 0] * torch.exp(torch.tensor(-0.1)))
+
+
+@pytest.mark.parametrize(
+    "transform", [Stain(0.4), Sharpness(0.7), Noise(0.05)], ids=["stain", "sharpness", "noise"]
+)
+def test_each_picture_changes_in_its_own_way(transform):
+    set_seed(4)
+    alike = TensorImage(
+        torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8), 48).expand(16, -1, -1, -1)
+    )
+    result = transform(alike.clone(), split_idx=0)
+    assert type(result) is TensorImage
+    assert result.min() >= 0 and result.max() <= 1
+    changes = (result - alike).abs().mean(dim=(1, 2, 3))
+    assert len(changes.unique()) >= 12  # a blur cannot go further than all the way
+    assert 0.005 < changes.mean() < 0.2
+    set_seed(5)
+    one = transform(alike.clone(), split_idx=0)
+    set_seed(5)
+    assert torch.equal(transform(alike.clone(), split_idx=0), one)
+
+
+def test_sharpness_goes_both_ways():
+    """Contrast between neighbours falls in some pictures and rises in others."""
+
+    def steps(pictures):
+        return (pictures[..., 1:] - pictures[..., :-1]).abs().mean(dim=(1, 2, 3))
+
+    set_seed(6)
+    fine = TensorImage(0.3 + 0.4 * torch.rand(32, 3, 64, 64))
+    ratio = steps(Sharpness(0.7).encodes(fine)) / steps(fine)
+    assert ratio.min() < 0.4
+    assert ratio.max() > 1.2
+    assert (steps(blur(fine)) < 0.4 * steps(fine)).all()
+
+
+def test_noise_is_as_strong_as_asked_at_most():
+    set_seed(7)
+    grey = TensorImage(torch.full((64, 3, 32, 32), 0.5))
+    deviations = Noise(0.1).encodes(grey).std(dim=(1, 2, 3))
+    assert 0.09 < deviations.max() < 0.105
+    assert deviations.min() < 0.02

@@ -8,6 +8,7 @@ from fastai.vision.all import Normalize
 from bloodcell_fastai import BloodcellError, augmentation, blood_dls, split_table
 from bloodcell_fastai.data.blocks import BloodImage, image_dls, normalization
 from bloodcell_fastai.data.dataset import open_image
+from bloodcell_fastai.data.framing import framed
 
 ARCH = "maxvit_nano_rw_256.sw_in1k"
 
@@ -46,10 +47,11 @@ def test_normalised_with_the_models_own_numbers(dls):
     assert resnet.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
-def test_validation_pictures_are_squeezed_whole(dls, table):
+@pytest.mark.parametrize("crop", ["cell", "frame"])
+def test_validation_pictures_are_framed_and_squeezed(table, crop):
     path = table.path[table.part == "valid"].iloc[0]
-    image = dls.valid.one_batch()[0][0]
-    expected = np.asarray(open_image(path).resize((64, 64), 2)) / 255 * 2 - 1
+    image = blood_dls(table, ARCH, 64, crop=crop, cache=False).valid.one_batch()[0][0]
+    expected = np.asarray(framed(open_image(path), crop).resize((64, 64), 2)) / 255 * 2 - 1
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 0.02
 
 

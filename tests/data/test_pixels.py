@@ -27,11 +27,12 @@ def cached_files():
     return sorted(path for path in pixels.cache_root().glob("*") if path.name != ".lock")
 
 
-def test_decoding_gives_fastais_pixels(paths):
-    fastais = Pipeline([BloodImage.create, *item_transforms(96), ToTensor()])
+@pytest.mark.parametrize("crop", ["cell", "frame"])
+def test_decoding_gives_fastais_pixels(paths, crop):
+    fastais = Pipeline([BloodImage.create, *item_transforms(96, crop), ToTensor()])
     for path in paths:
         expected = fastais(path).permute(1, 2, 0).numpy()
-        assert np.array_equal(decode(path, 96), expected)
+        assert np.array_equal(decode(path, 96, crop), expected)
 
 
 def test_the_cache_gives_the_decoded_pixels(paths):
@@ -50,6 +51,13 @@ def test_the_cache_is_built_once_and_shared_whatever_the_order(paths, monkeypatc
     monkeypatch.setattr(pixels, "decode", None)  # a second decoding would fail
     again = Pixels.open(paths[::-1], 64)
     assert next(again.batches([paths[:2]])).shape == (2, 3, 64, 64)
+
+
+def test_the_cache_of_whole_frames_is_another(paths):
+    cells, frames = (Pixels.open(paths, 64, crop, build=True) for crop in ("cell", "frame"))
+    assert len(cached_files()) == 2
+    both = [next(pictures.batches([paths[:2]])) for pictures in (cells, frames)]
+    assert not torch.equal(*both)
 
 
 def test_without_build_nothing_is_written(paths):
@@ -75,7 +83,7 @@ def test_each_size_has_a_cache_of_its_own(paths):
 
 def test_a_cache_cut_short_is_built_again(paths):
     Pixels.open(paths, 64, build=True)
-    file = cache_file(sorted(paths), 64)
+    file = cache_file(sorted(paths), 64, "cell")
     file.write_bytes(file.read_bytes()[:5000])
     batch = next(Pixels.open(paths, 64, build=True).batches([paths[:1]]))
     assert np.array_equal(batch[0].permute(1, 2, 0), decode(paths[0], 64))
@@ -116,7 +124,7 @@ def test_decoding_runs_ahead_but_not_far(paths):
             drawn.append(path)
             yield [path]
 
-    stream = decode_ahead(chunks(), 32)
+    stream = decode_ahead(chunks(), 32, "cell")
     chunk, images = next(stream)
     assert chunk == [paths[0]]
     assert images[0].shape == (32, 32, 3)
@@ -126,7 +134,7 @@ def test_decoding_runs_ahead_but_not_far(paths):
 
 
 def test_decoding_hands_errors_on(paths, tmp_path):
-    _, images = next(decode_ahead([[paths[0], str(tmp_path / "none.jpg")]], 32))
+    _, images = next(decode_ahead([[paths[0], str(tmp_path / "none.jpg")]], 32, "cell"))
     assert images[0].shape == (32, 32, 3)
     assert isinstance(images[1], OSError)
 

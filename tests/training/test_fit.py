@@ -214,6 +214,21 @@ def test_mixup_trains(table, tmp_path):
     assert len(run.history) == 1
 
 
+@pytest.mark.parametrize("freeze_norm", [True, False])
+def test_the_statistics_of_batch_normalisation_stay_if_asked(table, tmp_path, freeze_norm):
+    learn, run = start(tmp_path, table, epochs=1, freeze_norm=freeze_norm)
+
+    def numbers(name):
+        norms = [m for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        return torch.cat([getattr(norm, name).detach().cpu().clone() for norm in norms])
+
+    names = ("running_mean", "running_var", "weight")
+    before = [numbers(name) for name in names]
+    fit(learn, run, lambda line: None)
+    same = [torch.equal(numbers(name), old) for name, old in zip(names, before, strict=True)]
+    assert same == [freeze_norm, freeze_norm, False]
+
+
 def test_bfloat16_where_the_processor_has_it(trained):
     learn, *_ = trained
     assert bool(learn.cbs.filter(lambda cb: isinstance(cb, CPUBFloat16))) == has_cpu_bfloat16()

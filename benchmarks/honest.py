@@ -1,0 +1,198 @@
+"""Which recipe is better on photographs it has not seen? Chosen on TRAIN, tested on TEST, counted.
+
+    python benchmarks/honest.py DATA [--recipes cell frame ...] [--copies 8] -- FIT OPTIONS
+    python benchmarks/honest.py DATA --look cell --why "recipe of 1.0" -- FIT OPTIONS
+
+DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcell fit``, such as
+``--size 128 --epochs 3 --batch-size 32``. The protocol is that of docs/evaluation.md:
+
+- Recipes are compared by cross-validation on the photographs behind TRAIN, the same folds for all,
+  with at most ``--copies`` copies of each. The first recipe is the one the others are measured
+  against, photograph by photograph: a paired bootstrap interval of the difference and the exact
+  McNemar test. A recipe whose interval holds 0 is not better.
+- ``--also OTHER`` adds another data set to what is trained on, where the classes agree, such as the
+  PBC set; it is for a look, whose TEST stays what it is.
+- ``--look`` trains one recipe on all of TRAIN, a fifth of its photographs choosing the epoch, and
+  scores it once on TEST, without the photographs whose field is in TRAIN too. The look is appended
+  to docs/test_looks.csv, whatever it shows.
+
+What is finished is not done again: the folder ``--out`` keeps the runs.
+"""
+
+import argparse
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from common import machine
+from scipy.stats import binomtest
+
+from bloodcell_fastai import Run, open_dataset, with_photos
+from bloodcell_fastai.analysis.evaluation import Evaluation, by_photo, resample_photos
+from bloodcell_fastai.data.cell_names import match_classes
+from bloodcell_fastai.files import read_json
+
+RECIPES = {  # what differs from the defaults of ``bloodcell fit``
+    "cell": [],
+    "frame": ["--crop", "frame"],
+    "same light": ["--stain", "0", "--lighting", "0"],
+    "fastai's augmentation": ["--stain", "0", "--sharpness", "0", "--noise", "0"],
+    "frozen norm": ["--freeze-norm"],
+    "no smoothing": ["--label-smoothing", "0"],
+    "mixup": ["--mixup", "0.2"],
+    "random weights": ["--weights", "none"],
+    "imagenet": ["--weights", "imagenet"],
+}
+LOOKS = Path(__file__).parents[1] / "docs" / "test_looks.csv"
+
+
+def write_folder(table: pd.DataFrame, folder: Path) -> Path:
+    """A folder per class with copies of the images, and ``photos.csv`` with their photographs."""
+    rows = []
+    for row in table.itertuples():
+        name = Path(row.label, Path(row.path).name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            (folder / name).write_bytes(Path(row.path).read_bytes())
+        rows.append({"path": name.as_posix(), "photo": row.photo})
+    pd.DataFrame(rows).to_csv(folder / "photos.csv", index=False)
+    return folder
+
+
+def shared_classes(data: str, classes: list[str], home: Path) -> pd.DataFrame:
+    """The images of another data set whose class is one of ours, under our names."""
+    dataset = open_dataset(data, home=home)
+    table = with_photos(dataset.table, dataset.root)
+    names = match_classes(classes, sorted(set(table.label))).mapped
+    return table.assign(label=table.label.map(names)).dropna(subset="label")
+
+
+def few_copies(table: pd.DataFrame, copies: int) -> pd.DataFrame:
+    """At most so many copies of each photograph, the same for every recipe."""
+    return table.sample(frac=1, random_state=0).groupby(["photo", "label"]).head(copies)
+
+
+def bloodcell(*arguments: str | Path) -> None:
+    """Run a command of the package's as a user does."""
+    subprocess.run([sys.executable, "-m", "bloodcell_fastai", *map(str, arguments)], check=True)
+
+
+def cross_validated(recipe: str, data: Path, args: argparse.Namespace) -> Evaluation:
+    """The pooled predictions of a recipe, every photograph by the model that has not seen it."""
+    name = "-".join(recipe.replace("'", "").split())
+    run = Run(args.out / "runs" / name)
+    if not (run.path / "metrics.json").is_file():
+        own = ["--folds", args.folds, "--name", name, "--runs", args.out / "runs"]
+        started = ["--resume"] if run.path.is_dir() else []
+        bloodcell("fit", "--data", data, *own, *RECIPES[recipe], *args.fit, *started)
+    return Evaluation(pd.read_csv(run.path / "predictions.csv"), run.config.classes)
+
+
+def row(name: str, evaluation: Evaluation, first: Evaluation) -> str:
+    """A line of the table: the scores, and the difference from the first recipe."""
+    figures = evaluation.metrics
+    scores = [
+        f"{figures[key]:.1%} ({low:.1%}-{high:.1%})"
+        for key in ("accuracy", "photo_accuracy")
+        for low, high in [figures[f"{key}_ci95"]]
+    ]
+    scores += [f"{figures[key]:.3f}" for key in ("macro_f1", "balanced_accuracy")]
+    return " | ".join([f"| {name}", *scores, *difference(evaluation, first)]) + " |"
+
+
+def difference(evaluation: Evaluation, first: Evaluation) -> list[str]:
+    """Points per photograph that a recipe gains on another, with its 95 % interval, and the p of
+    McNemar's exact test."""
+    right = [_right(one) for one in (evaluation, first)]
+    gains = (right[0].astype(int) - right[1].astype(int)).reindex(right[1].index).to_numpy()
+    resampled = resample_photos(len(gains)) @ gains / len(gains)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    won, lost = int((gains > 0).sum()), int((gains < 0).sum())
+    p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    return [f"{gains.mean():+.1%} ({low:+.1%} to {high:+.1%})", f"{won} : {lost}", f"{p:.3f}"]
+
+
+def _right(evaluation: Evaluation) -> pd.Series:
+    photos = by_photo(evaluation)
+    return (photos.label == photos.predicted).set_axis(
+        pd.MultiIndex.from_frame(photos[["photo", "label"]])
+    )
+
+
+def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict:
+    """Train on TRAIN, score once on TEST; the figures, as they are added to the table of looks."""
+    name = "-".join(["look", str(datetime.date.today()), *recipe.split(), Path(args.also).stem])
+    run = Run(args.out / "runs" / name)
+    own = ["--split", "photo", "--name", name, "--runs", args.out / "runs"]
+    if not run.finished:
+        started = ["--resume"] if run.started else []
+        bloodcell("fit", "--data", train, *own, *RECIPES[recipe], *args.fit, *started)
+    bloodcell("interpret", run.path, "--data", test)
+    figures = read_json(run.results_on(test) / "metrics.json")
+    kept = ("n_images", "n_photos", "accuracy", "photo_accuracy", "macro_f1", "balanced_accuracy")
+    return {
+        "date": str(datetime.date.today()),
+        "recipe": recipe,
+        "options": " ".join([*RECIPES[recipe], *args.fit]),
+        "also": Path(args.also).stem,
+        "machine": machine(),
+        "why": args.why,
+        **{key: round(figures[key], 4) for key in kept},
+        **{
+            f"{key}_ci95": "-".join(f"{bound:.3f}" for bound in figures[f"{key}_ci95"])
+            for key in ("accuracy", "photo_accuracy")
+        },
+    }
+
+
+def main() -> None:
+    """Compare recipes on TRAIN, or look at TEST once."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["cell", "frame"])
+    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--look", choices=RECIPES)
+    parser.add_argument("--why", default="")
+    parser.add_argument("--also", default="")
+    parser.add_argument("--out", type=Path, default=Path("honest"))
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:split])
+    args.fit = sys.argv[split + 1 :]
+    if args.look and not args.why:
+        parser.error("a look at TEST needs a --why, which goes into the table of looks")
+
+    dataset = open_dataset(args.data, home=args.out / "data")
+    table = with_photos(dataset.table, dataset.root)
+    train = table[table.subset == "TRAIN"]
+    if args.look:
+        if args.also:
+            other = shared_classes(args.also, sorted(set(train.label)), args.out / "data")
+            train = pd.concat([train, other], ignore_index=True)
+        test = table[(table.subset == "TEST") & ~table.photo.isin(train.photo)]
+        folders = [
+            write_folder(t, args.out / n)
+            for t, n in ((train, f"TRAIN{Path(args.also).stem}"), (test, "TEST"))
+        ]
+        found = pd.DataFrame([look(args.look, *folders, args)])
+        found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
+        print(found.T.to_string(header=False))
+        return
+    folder = write_folder(few_copies(train, args.copies), args.out / f"train-{args.copies}")
+    results = {name: cross_validated(name, folder, args) for name in args.recipes}
+    first = results[args.recipes[0]]
+    print(f"\n{machine()}; {' '.join(args.fit)}; {args.folds} folds of {folder.name}\n")
+    print(
+        f"| recipe | per image | per photograph | macro F1 | balanced accuracy "
+        f"| gain per photograph on {args.recipes[0]} | won : lost | p |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        print(row(name, result, first))
+
+
+if __name__ == "__main__":
+    main()
