@@ -29,7 +29,6 @@ from ..reporter import Reporter
 from ..training.callbacks import precision_callback
 from ..training.learner import create_sized, load_weights, timm_model
 from ..training.packing import half_precision, pack
-from ..training.ready import ready_source
 from ..training.runs import Run
 from .card import model_card
 
@@ -75,8 +74,7 @@ def export_run(
     Args:
         run: a run with a model; all formats but ``timm`` need its validation images too.
         format: one of :data:`FORMATS`.
-        out: folder of the files; by default ``export/<format>`` in the run's folder, or here if
-            the run comes with the package.
+        out: folder of the files; ``export/<format>`` in the run's ``output`` by default.
         push_to_hub: ``USER/NAME`` of a repository on the Hugging Face Hub, made if it is not
             there; ``timm`` only.
         reporter: told what happens.
@@ -95,8 +93,7 @@ def export_run(
     if push_to_hub:
         _check_push(push_to_hub, format)
     run.require_model()
-    home = Path() if ready_source(run.path) else run.path
-    folder = Path(out) if out else home / "export" / format
+    folder = Path(out) if out else run.output / "export" / format
     if folder.resolve() == run.path.resolve():
         raise usage_error(
             f"{folder} is the run itself, which would be written over.", "Give another --out."

@@ -119,6 +119,12 @@ class Run:
         """Folder of the report and its figures."""
         return self.path / "report"
 
+    @property
+    def output(self) -> Path:
+        """Folder for what is made of the model: the run's own; of a model that comes with the
+        package one of its name in the working folder, for the package is not to be changed."""
+        return Path(self.name) if ready_source(self.path) else self.path
+
     def results_on(self, data: Path, subset: str = "") -> Path:
         """Folder of the results on another data set, ``on/NAME``, whether it is there yet or not.
 
@@ -130,7 +136,7 @@ class Run:
         """
         name = "-".join(filter(None, (data.name[:100] or "data", subset[:100])))
         for number in count(1):
-            folder = self.path / "on" / (name if number == 1 else f"{name}-{number}")
+            folder = self.output / "on" / (name if number == 1 else f"{name}-{number}")
             metrics = folder / "metrics.json"
             if not metrics.is_file() or read_json(metrics).get("data") == str(data):
                 return folder

@@ -218,3 +218,16 @@ def test_images_of_training_alone_score_nothing(run, tmp_path):
             shutil.copy(path, tmp_path / label)
     with pytest.raises(BloodcellError, match="trained on every image of"):
         external.open_external(run, read_folder(tmp_path))
+
+
+def test_what_comes_with_the_package_is_tried_on_other_data(
+    shipped, trained, demo, tmp_path, monkeypatch
+):
+    """Its training images are not here to compare with, and its folder is left as it was."""
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in shipped.rglob("*")}
+    _, found, folder = interpret_external(Run(shipped), demo)
+    assert folder == Path("pbc") / "on" / demo.root.name
+    assert (folder / "report" / "index.html").is_file()
+    assert found.unchecked == (trained.table.part == "train").sum()
+    assert {path: path.stat().st_mtime_ns for path in shipped.rglob("*")} == before

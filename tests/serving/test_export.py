@@ -371,7 +371,7 @@ def test_the_card_of_what_comes_with_the_package_names_its_images(shipped, tmp_p
     own = (shipped / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)  # its own folder is nobody's to write to
     folder = export_run(Run(shipped), "timm")
-    assert folder == Path("export/timm")
+    assert folder == Path("pbc/export/timm")
     for card in (own, (folder / "README.md").read_text(encoding="utf-8")):
         assert ModelCard(card).data.license == "cc-by-4.0"
         for words in (
