@@ -297,16 +297,16 @@ OPTION_ERRORS = [
 RUN_ERRORS = [
     (
         "interpret --data x",
-        lambda: images("x/BLAST", "x/BAND"),
+        lambda: images("x/BLAST", "x/ARTEFACT"),
         "x shares no class with the model",
-        "knows EOSINOPHIL, .* has BAND, BLAST. Rename its folders",
+        "knows EOSINOPHIL, .* has ARTEFACT, BLAST. Rename its folders",
         1,
     ),
     (
         "interpret --data x --subset TEST",
-        lambda: images("x/train/EO", "x/train/LY"),
-        "has no subset TEST",
-        "classes are: train",
+        lambda: images("x/train/EO", "x/train/LY", "x/valid/EO"),
+        "The data set has no subset TEST",
+        "classes are: train, valid",
         1,
     ),
     ("interpret --subset TEST", None, "--subset is a part of --data", "Give --data", 2),
