@@ -449,6 +449,13 @@ RUN_ERRORS = [
         "Split it again",
         1,
     ),
+    (
+        "interpret --data DEMO --stress",
+        None,
+        "--stress is for a run's own images",
+        "Leave out --data or --stress",
+        2,
+    ),
     ("interpret", gone_images, "validation images are gone, such as", "Put the data back to", 1),
     ("interpret", other_label, "Not a class of this model: LYMPHOMA", "rename the folders", 1),
     (

@@ -120,7 +120,6 @@ def test_a_run_of_that_name_comes_first(shipped, trained, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the weights are not in this checkout")
 def test_what_comes_with_the_package(demo_table):
     """The real files: small, of the default architecture, described, and fit to predict."""
     assert ready_path("pbc") == REAL
