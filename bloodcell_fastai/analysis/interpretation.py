@@ -116,6 +116,11 @@ def interpret_run(
     Raises:
         BloodcellError: the run has no model yet, or its images are gone.
     """
+    if run.output != run.path:  # even in the folder of its images: the package is not to be changed
+        raise BloodcellError(
+            f"{run.name} comes with the package, and without the images it was validated on.",
+            f"Score it on others: bloodcell interpret {run.name} --data FOLDER",
+        )
     learn = load_learner(run)
     use_progress(learn)
     calibration = run.calibration or calibrate(learn, run)  # older runs have none

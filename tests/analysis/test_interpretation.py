@@ -8,6 +8,7 @@ from bloodcell_fastai import BloodcellError, Config, Run, interpret, interpret_r
 from bloodcell_fastai.analysis.interpretation import read_results
 from bloodcell_fastai.training.fit import make_learner, resolve
 from bloodcell_fastai.training.learner import timm_model
+from bloodcell_fastai.training.ready import ready_path
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,13 @@ def test_it_agrees_with_fastai(learn_and_run):
         losses = learn.get_preds(dl=learn.dls.valid)
     expected = torch.nn.functional.nll_loss(losses[0].log(), losses[1], reduction="none")
     assert np.allclose(ours.predictions.loss, expected, atol=1e-4)
+
+
+def test_the_package_is_not_written_into():
+    before = sorted(ready_path("pbc").rglob("*"))
+    with pytest.raises(BloodcellError, match="comes with the package, and without the images"):
+        interpret_run(Run.open("pbc"))
+    assert sorted(ready_path("pbc").rglob("*")) == before
 
 
 def test_a_run_without_a_model_is_refused(learn_and_run):
