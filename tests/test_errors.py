@@ -529,7 +529,7 @@ READY_ERRORS = [
         2,
     ),
     ("interpret", None, "No run in runs/", "bloodcell fit", 1),
-    ("interpret pbc", None, "validation images are gone, such as", "Put the data back to demo", 1),
+    ("interpret pbc", None, "comes with the package, and without the images", "--data FOLDER", 1),
     ("predict DEMO --run gone", None, "gone is not a run", "With the package comes: pbc", 1),
     (
         "export --format ready",
