@@ -60,3 +60,11 @@ def test_a_missing_file(tmp_path):
 def test_whole_numbers_do_for_decimals(tmp_path):
     (tmp_path / "config.json").write_text('{"lr": 1}')
     assert Config.load(tmp_path / "config.json").lr == 1
+
+
+def test_a_run_from_before_there_was_a_choice_saw_whole_frames(tmp_path):
+    Config(crop="cell").save(tmp_path / "config.json")
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert Config.load(tmp_path / "config.json").crop == values.pop("crop") == "cell"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert Config.load(tmp_path / "config.json").crop == "frame"

@@ -171,3 +171,19 @@ def test_noise_is_as_strong_as_asked_at_most():
     deviations = Noise(0.1).encodes(grey).std(dim=(1, 2, 3))
     assert 0.09 < deviations.max() < 0.105
     assert deviations.min() < 0.02
+
+
+def test_each_picture_gets_another_amount_of_every_dye(monkeypatch):
+    """Whatever the tint does: pictures of one dye keep its direction among the densities."""
+    given = []
+    monkeypatch.setattr(
+        "bloodcell_fastai.data.augmentation.restain",
+        lambda pictures, mixed, tints: given.append(mixed) or pictures,
+    )
+    set_seed(8)
+    Stain(0.4).encodes(TensorImage(torch.rand(500, 3, 4, 4)))
+    amounts = (DYES @ given[0] @ DYES.inverse()).diagonal(dim1=1, dim2=2).log()  # (500, 3)
+    assert amounts.abs().max() <= 0.8
+    assert (amounts.amax(0) > 0.6).all()
+    assert (amounts.amin(0) < -0.6).all()
+    assert (amounts - amounts.mean(1, keepdim=True)).abs().amax() > 0.2  # not all dyes alike
