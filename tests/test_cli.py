@@ -40,6 +40,7 @@ def test_the_checkouts_cli_runs_the_same_commands():
     assert "interpret" in done.stdout
 
 
+@pytest.mark.slow
 def test_from_images_to_report(bloodcell, demo_root, lite0_weights, tmp_path):
     """The whole way through the installed command; the figures must agree with one another."""
     done = bloodcell(
@@ -100,6 +101,7 @@ def test_it_predicts_right_after_installation(shipped, demo_root, tmp_path, monk
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_the_plan_and_stops(bloodcell, demo_root, tmp_path):
     done = bloodcell(
         *("fit", "--data", demo_root, "--dry-run", "--name", "plan", "--arch", "resnet18"),
@@ -112,6 +114,7 @@ def test_a_dry_run_writes_the_plan_and_stops(bloodcell, demo_root, tmp_path):
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_random_weights_are_announced_and_remembered(bloodcell, demo_root, tmp_path):
     done = bloodcell(
         *("fit", "--data", demo_root, "--dry-run", "--arch", "resnet18", "--size", 64),
@@ -123,6 +126,7 @@ def test_random_weights_are_announced_and_remembered(bloodcell, demo_root, tmp_p
     assert "RANDOM WEIGHTS" in Config.load(config).warnings[0]
 
 
+@pytest.mark.slow
 def test_data_describes_and_draws(bloodcell, demo_root, tmp_path):
     done = bloodcell("data", "--data", demo_root)
     assert done.returncode == 0, done.stderr
@@ -132,6 +136,7 @@ def test_data_describes_and_draws(bloodcell, demo_root, tmp_path):
         assert min(sheet.size) > 500
 
 
+@pytest.mark.slow
 def test_audit_finds_the_photographs_and_fit_uses_them(bloodcell, demo_root, tmp_path):
     copy = shutil.copytree(demo_root, tmp_path / "mine")
     (copy / "photos.csv").unlink()

@@ -339,6 +339,7 @@ def assert_resumes(warm: Warm, home: Path, expected: dict[str, bytes]) -> None:
     assert files(home) == expected
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(warm, photos, tmp_path):
     epochs, luck = 60, random.Random(time.time_ns())
     (whole := tmp_path / "whole").mkdir()
@@ -374,6 +375,7 @@ def test_killed_at_random_times(warm, photos, tmp_path):
     print(f"{kills} kills over {kept} epochs, {trained - kept} epochs trained twice")
 
 
+@pytest.mark.slow
 def test_killed_at_every_write(warm, photos, tmp_path):
     """Also while the images are decoded into the cache, while lr_find works, and while the run
     is calibrated; the run stops early."""
@@ -411,6 +413,7 @@ def test_killed_at_every_write(warm, photos, tmp_path):
     print(f"{kills} kills")
 
 
+@pytest.mark.slow
 def test_killed_while_unpacking(warm, photos, tmp_path):
     archive = shutil.make_archive(tmp_path / "small", "zip", photos / "dataset2-master")
     command = fit(archive, 1, "--dry-run")
@@ -587,6 +590,7 @@ def test_two_processes_that_want_one_cache(warm, photos, tmp_path, undisturbed):
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
+@pytest.mark.slow
 def test_folds_go_on(warm, photos, tmp_path):
     command = fit(photos, 1, "--folds", 2)
     results = []
@@ -605,6 +609,7 @@ def test_folds_go_on(warm, photos, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(photos, tmp_path, undisturbed, bloodcell):
     """In another interpreter, with other hashes of strings."""
     process = bloodcell(*fit(photos, 3), env={"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"})

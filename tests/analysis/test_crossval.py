@@ -33,6 +33,7 @@ def make_config(root, **options) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_every_image_is_predicted_once_by_a_model_that_has_not_seen_it(demo_root, tmp_path):
     run = cross_validate(make_config(demo_root), tmp_path, "cv", reporter=Silent())
     pooled = pd.read_csv(run.path / "predictions.csv")

@@ -139,6 +139,7 @@ def test_the_images_are_of_all_classes_and_as_many_photographs_as_can_be():
     assert len(stress_images(table)) == 55
 
 
+@pytest.mark.slow
 def test_it_scores_what_the_corrupted_files_would_score(stressed, learn, tmp_path):
     """The network sees what it would see in the corrupted files, cut out of these."""
     images = stress_images(stressed.table, seed=stressed.config.seed)
@@ -161,6 +162,7 @@ def test_it_scores_what_the_corrupted_files_would_score(stressed, learn, tmp_pat
     assert ((table.accuracy_low <= table.accuracy) & (table.accuracy <= table.accuracy_high)).all()
 
 
+@pytest.mark.slow
 def test_progress_counts_the_corruptions(stressed, learn):
     told = []
     images = stress_images(stressed.table, 4)
@@ -168,6 +170,7 @@ def test_progress_counts_the_corruptions(stressed, learn):
     assert told == [(done, 41) for done in range(42)]
 
 
+@pytest.mark.slow
 def test_the_run_holds_the_table_the_figure_and_the_figures(stressed):
     table = read_stress(stressed)
     metrics = json.loads((stressed.path / "metrics.json").read_text())["stress"]
@@ -189,6 +192,7 @@ def test_the_run_holds_the_table_the_figure_and_the_figures(stressed):
     assert "was not measured" not in page
 
 
+@pytest.mark.slow
 def test_it_stays_until_the_model_changes(copy, learn):
     interpret_run(copy)
     assert read_stress(copy) is not None
@@ -201,6 +205,7 @@ def test_it_stays_until_the_model_changes(copy, learn):
     assert 'id="stress"' not in page and "was not measured" in page
 
 
+@pytest.mark.slow
 def test_a_model_that_is_never_right(copy):
     table = read_stress(copy).assign(accuracy=0.0, accuracy_low=0.0, relative_accuracy=np.nan)
     table.to_csv(copy.path / "stress.csv", index=False)
@@ -209,6 +214,7 @@ def test_a_model_that_is_never_right(copy):
     assert "nothing to lose" in render_report(copy, read_results(copy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [lambda t: t[1:], lambda t: t.assign(accuracy=2.0), lambda t: t.assign(strength=3)]
 )

@@ -245,6 +245,7 @@ def test_finished_table_of_the_kaggle_set():
     assert KAGGLE_TABLE.stat().st_size < 250_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "BLOODCELL_DATA" not in os.environ, reason="needs Kaggle's zip: set BLOODCELL_DATA to its path"
 )

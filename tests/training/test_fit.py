@@ -107,6 +107,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(trained, table, tmp_path, s
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_real_imagenet_weights_learn_the_demo(table, lite0_weights, tmp_path):
     learn, run = start(
         tmp_path, table, weights=str(lite0_weights), epochs=3, size=128, batch_size=8, lr=2e-3
@@ -201,6 +202,7 @@ def test_early_stopping(table, tmp_path, monkeypatch):
     assert len(run.history) < 9
 
 
+@pytest.mark.slow
 def test_lr_find_keeps_its_plot(table, tmp_path):
     learn, run = start(tmp_path, table, epochs=1, lr=0.0, batch_size=4, size=32)
     fit(learn, run, lambda line: None)
