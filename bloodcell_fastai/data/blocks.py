@@ -27,6 +27,7 @@ from fastai.vision.all import (
 
 from ..config import DEFAULT_ARCH, Config
 from ..errors import BloodcellError
+from ..processes import training_share
 from .augmentation import augmentation
 from .dataset import Progress, no_progress, open_image
 from .framing import framed
@@ -46,8 +47,9 @@ class BatchDL(TfmdDL):
     """fastai's ``TfmdDL`` that fetches the images of a batch together, as uint8.
 
     fastai walks each image through its pipeline in Python; here a batch is one look into the
-    decoded pixels, or is decoded ahead by threads. It needs no worker processes. Items that are
-    no image table (a single picture for ``learn.predict``) go fastai's way.
+    decoded pixels, or is decoded ahead by threads. It needs no worker processes. Where several
+    processes train together, each gets its part of every batch. Items that are no image table (a
+    single picture for ``learn.predict``) go fastai's way.
 
     Args:
         dataset: fastai ``Datasets`` made of an image table.
@@ -69,7 +71,9 @@ class BatchDL(TfmdDL):
             yield from super().create_batches(samps)
             return
         paths, targets = table.path.to_numpy(), self._targets()
-        chunks = [np.array(chunk) for chunk in self.chunkify(iter(samps))]
+        share = training_share()
+        parts = (share.of(np.array(chunk)) for chunk in self.chunkify(iter(samps)))
+        chunks = [part for part in parts if len(part)]
         images = self.pixels.batches(paths[chunk] for chunk in chunks)
         for chunk, batch in zip(chunks, images, strict=True):
             batch = TensorImage(batch)

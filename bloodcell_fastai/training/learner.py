@@ -15,6 +15,7 @@ from fastai.vision.all import (
     DataLoaders,
     Learner,
     accuracy,
+    get_model,
     model_meta,
     params,
     vision_learner,
@@ -157,7 +158,7 @@ def _registered(model: nn.Module) -> Iterator[Callable]:
 
 def timm_model(learn: Learner) -> nn.Module:
     """The timm model inside a learner of :func:`blood_learner`."""
-    return learn.model[0].model
+    return get_model(learn.model)[0].model
 
 
 def split_parameters(model: nn.Sequential) -> list[list[nn.Parameter]]:
