@@ -1,5 +1,6 @@
 """The training loop's behaviour: one small callback per job."""
 
+import math
 import os
 import random
 import signal
@@ -82,7 +83,7 @@ def autocast(device: torch.device) -> AbstractContextManager:
 
 def has_cpu_bfloat16() -> bool:
     """Whether the processor has instructions for bfloat16; emulation would be slower."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -154,6 +155,8 @@ class DeviceLoss(AvgLoss):
 
 class DeviceSmoothLoss(AvgSmoothLoss):
     """fastai's ``AvgSmoothLoss`` that adds up on the device."""
+
+    val: torch.Tensor
 
     def accumulate(self, learn):
         """Add a batch."""
@@ -255,11 +258,11 @@ class SaveBest(SaveModelCallback):
 
     Args:
         save: called with the validation accuracy when an epoch is the best so far.
-        best: the accuracy to beat, from earlier epochs of the run; None if there are none.
+        best: the accuracy to beat, from earlier epochs of the run.
         wait: epochs since then.
     """
 
-    def __init__(self, save: Callable[[float], None], best: float | None = None, wait: int = 0):
+    def __init__(self, save: Callable[[float], None], best: float = -math.inf, wait: int = 0):
         super().__init__(monitor=MONITOR, reset_on_fit=False)
         self.save, self.best, self.wait = save, best, wait
 
