@@ -4,6 +4,7 @@ torch and fastai take seconds to import, so every command imports what it needs 
 """
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -420,7 +421,7 @@ class TerminalReporter(Reporter):
     """Lines, framed warnings and a progress bar, as far as the output is a terminal."""
 
     def __init__(self):
-        self._progress, self._task, self._what = None, None, ""
+        self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -444,9 +445,9 @@ class TerminalReporter(Reporter):
                 console=console,
                 transient=True,
             )
-            self._task = self._progress.add_task(what, total=total)
+            self._progress.add_task(what, total=total)
             self._progress.start()
-        self._progress.update(self._task, completed=done)
+        self._progress.update(self._progress.task_ids[0], completed=done)
         if done >= total:
             self._progress.stop()
             self._progress = None
@@ -529,8 +530,9 @@ def _accept_any_name() -> None:
         (sys.stdout, "backslashreplace"),
         (sys.stderr, "backslashreplace"),
     ):
-        with contextlib.suppress(AttributeError, ValueError):  # not a file, or closed
-            stream.reconfigure(errors=errors_mode)
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(ValueError):  # it is closed
+                stream.reconfigure(errors=errors_mode)
 
 
 def _unexpected(error: Exception) -> BloodcellError:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from .errors import BloodcellError, usage_error
 from .files import read_json, write_json
@@ -164,7 +164,7 @@ def _check_classes(classes: tuple[str, ...]) -> None:
             )
 
 
-def _typed(name: str, value: object, path: Path) -> object:
+def _typed(name: str, value: Any, path: Path) -> Any:
     """``value`` if it has the type of the field ``name``; JSON lists become tuples."""
     if name not in {field.name for field in fields(Config)}:
         raise BloodcellError(f"{path}: unknown option {name[:100]!r}.", "Was it edited?")

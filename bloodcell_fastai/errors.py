@@ -43,7 +43,9 @@ def usage_error(message: str, hint: str = "") -> BloodcellError:
 
 def is_number(value: object, low: float, high: float) -> bool:
     """Whether a value read from JSON is a number, no truth value, from ``low`` to ``high``."""
-    return type(value) in (int, float) and low <= value <= high
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return low <= value <= high
 
 
 def printable(text: str) -> str:

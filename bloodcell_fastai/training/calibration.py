@@ -135,6 +135,7 @@ def calibrate(learn: Learner, run: Run) -> Calibration:
     """
     config = run.config
     logits, features, targets = predict_with_features(learn, learn.dls.valid)
+    assert targets is not None  # validation images have labels
     labels = targets.numpy()
     temperature = fit_temperature(logits, labels)
 

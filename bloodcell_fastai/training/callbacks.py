@@ -1,5 +1,6 @@
 """The training loop's behaviour: one small callback per job."""
 
+import math
 import os
 import random
 import signal
@@ -85,7 +86,7 @@ def autocast(device: torch.device) -> AbstractContextManager:
 
 def has_cpu_bfloat16() -> bool:
     """Whether the processor has instructions for bfloat16; emulation would be slower."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -173,6 +174,8 @@ def _mean(total: torch.Tensor | float, count: int) -> torch.Tensor | None:
 
 class DeviceSmoothLoss(AvgSmoothLoss):
     """fastai's ``AvgSmoothLoss`` on the device, of the global batch."""
+
+    val: torch.Tensor
 
     def accumulate(self, learn):
         """Add a batch."""
@@ -274,11 +277,11 @@ class SaveBest(SaveModelCallback):
 
     Args:
         save: called with the validation accuracy when an epoch is the best so far.
-        best: the accuracy to beat, from earlier epochs of the run; None if there are none.
+        best: the accuracy to beat, from earlier epochs of the run.
         wait: epochs since then.
     """
 
-    def __init__(self, save: Callable[[float], None], best: float | None = None, wait: int = 0):
+    def __init__(self, save: Callable[[float], None], best: float = -math.inf, wait: int = 0):
         super().__init__(monitor=MONITOR, reset_on_fit=False)
         self.save, self.best, self.wait = save, best, wait
 

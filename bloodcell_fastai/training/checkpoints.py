@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..errors import BloodcellError
+from ..errors import BloodcellError, is_number
 
 MOST_EPOCHS = 100_000  # as in a config
 
@@ -32,7 +32,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     epochs, best = state.get("epochs_done"), state.get("best")
     if type(epochs) is not int or not 1 <= epochs <= MOST_EPOCHS:
         raise bad_checkpoint(path, f"epochs_done is {str(epochs)[:40]}")
-    if type(best) not in (int, float) or not 0 <= best <= 1:
+    if not is_number(best, 0, 1):
         raise bad_checkpoint(path, f"best is {str(best)[:40]}")
     if type(state.get("wait")) is not int or not 0 <= state["wait"] <= MOST_EPOCHS:
         raise bad_checkpoint(path, f"wait is {str(state.get('wait'))[:40]}")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -40,10 +41,25 @@ class WeightsWarning(UserWarning):
     """The model starts from other weights than a reader would expect."""
 
 
+if TYPE_CHECKING:
+
+    class TimmModel(nn.Module):
+        """What every classifier of timm's has and torch's modules have not."""
+
+        num_classes: int
+        pretrained_cfg: dict
+        forward_features: Callable[[torch.Tensor], torch.Tensor]
+        forward_head: Callable[[torch.Tensor], torch.Tensor]
+        get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
+
+else:
+    TimmModel = nn.Module
+
+
 class TimmBody(nn.Module):
     """A timm model up to its feature map; holds the whole model, so that timm can read it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: TimmModel):
         super().__init__()
         self.model = model
 
@@ -61,7 +77,9 @@ class TimmHead(nn.Module):
     logits so large that the frozen epoch is spent on undoing them.
     """
 
-    def __init__(self, model: nn.Module):
+    _model: TimmModel
+
+    def __init__(self, model: TimmModel):
         super().__init__()
         self.classifier = model.get_classifier()
         self.__dict__["_model"] = model
@@ -156,7 +174,7 @@ def _registered(model: nn.Module) -> Iterator[Callable]:
         del model_meta[build]
 
 
-def timm_model(learn: Learner) -> nn.Module:
+def timm_model(learn: Learner) -> TimmModel:
     """The timm model inside a learner of :func:`blood_learner`."""
     return get_model(learn.model)[0].model
 
@@ -170,7 +188,7 @@ def split_parameters(model: nn.Sequential) -> list[list[nn.Parameter]]:
 
 def load_model(
     arch: str, n_out: int, size: int, weights: str | Path = "auto"
-) -> tuple[nn.Module, str]:
+) -> tuple[TimmModel, str]:
     """Create a timm model and load its first weights; see :func:`blood_learner`.
 
     Returns:
@@ -209,7 +227,7 @@ def load_model(
     return _create_from(path, arch, n_out, size), path.name
 
 
-def load_weights(model: nn.Module, path: Path, classes: Sequence[str] = ()) -> None:
+def load_weights(model: TimmModel, path: Path, classes: Sequence[str] = ()) -> None:
     """Load a run's ``model.safetensors`` into its timm model, every tensor of it.
 
     Args:
@@ -313,7 +331,7 @@ class ClassifierInputs:
 
 
 @contextmanager
-def classifier_inputs(model: nn.Module) -> Iterator[ClassifierInputs]:
+def classifier_inputs(model: TimmModel) -> Iterator[ClassifierInputs]:
     """Collect the penultimate features of a timm model while it predicts, at no extra cost.
 
     They are the inputs of ``model.get_classifier()``; of the first, where an architecture has
@@ -334,7 +352,7 @@ def classifier_inputs(model: nn.Module) -> Iterator[ClassifierInputs]:
         handle.remove()
 
 
-def _create(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
+def _create(arch: str, n_out: int, size: int, **kwargs) -> TimmModel:
     """A timm model that takes ``size`` pixels, tried on an empty picture.
 
     Some architectures accept a size when they are made and fail in their first batch.
@@ -350,7 +368,7 @@ def _create(arch: str, n_out: int, size: int, **kwargs) -> nn.Module:
     return model
 
 
-def create_sized(arch: str, n_out: int, size: int, **kwargs) -> tuple[nn.Module, dict[str, int]]:
+def create_sized(arch: str, n_out: int, size: int, **kwargs) -> tuple[TimmModel, dict[str, int]]:
     """A timm model for ``size`` pixels, and what ``timm.create_model`` was told of the size.
 
     That is ``img_size``, or nothing where the architecture takes any size.
@@ -389,7 +407,7 @@ def _size_hint(arch: str, size: int) -> str:
     return f"Use --size {' or --size '.join(fitting)} (multiples of 32)."
 
 
-def _create_from(path: Path, arch: str, n_out: int, size: int) -> nn.Module:
+def _create_from(path: Path, arch: str, n_out: int, size: int) -> TimmModel:
     """A timm model with the weights of a file, adapted by timm as its own weights are:
     position biases resized, the classifier of other classes dropped."""
     state = read_tensors(path)

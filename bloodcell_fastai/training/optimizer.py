@@ -53,7 +53,7 @@ class FusedAdam(Optimizer):
             key = (*(hyper[name] for name in ("lr", "mom", "sqr_mom", "eps")), decay)
             together[key, parameter.device.type].append((parameter, state))
         for (key, device), pairs in together.items():
-            _update(pairs, *key, fused=device in FUSED_DEVICES)
+            _update(pairs, device in FUSED_DEVICES, *key)
 
     def zero_grad(self):
         """Drop the gradients, which saves filling them with zeros."""
@@ -61,7 +61,7 @@ class FusedAdam(Optimizer):
             parameter.grad = None
 
 
-def _update(pairs, lr, mom, sqr_mom, eps, decay, fused: bool) -> None:
+def _update(pairs, fused: bool, lr, mom, sqr_mom, eps, decay) -> None:
     states = [state for _, state in pairs]
     adamw(
         [parameter for parameter, _ in pairs],

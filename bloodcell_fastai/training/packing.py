@@ -56,8 +56,8 @@ def pack(run: Run, folder: str | Path, state: Mapping[str, torch.Tensor]) -> lis
     config, packed = run.config, Run(folder)
     root = Path(config.data)
     packed.save_weights(state, config.classes)
-    if (calibration := run.calibration) is not None:
-        seen = run.reference
+    calibration, seen = run.calibration, run.reference
+    if calibration is not None and seen is not None:  # they come together
         listed = relative_paths(seen.table, root)
         packed.save_calibration(calibration, Reference(seen.features, listed, seen.neighbours))
     for name in ("history.csv", "metrics.json", "predictions.csv"):

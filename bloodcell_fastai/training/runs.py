@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +18,7 @@ from fastai.vision.all import Learner
 from safetensors.torch import save
 
 from ..config import Config
-from ..errors import BloodcellError
+from ..errors import BloodcellError, is_number
 from ..files import (
     atomic_path,
     read_json,
@@ -142,11 +141,13 @@ class Run:
             subset: the part of it that was looked at; empty: all of it.
         """
         name = "-".join(filter(None, (data.name[:100] or "data", subset[:100])))
-        for number in count(1):
-            folder = self.output / "on" / (name if number == 1 else f"{name}-{number}")
-            metrics = folder / "metrics.json"
-            if not metrics.is_file() or read_json(metrics).get("data") == str(data):
-                return folder
+        number, folder = 1, self.output / "on" / name
+        while (metrics := folder / "metrics.json").is_file():
+            if read_json(metrics).get("data") == str(data):
+                break
+            number += 1
+            folder = self.output / "on" / f"{name}-{number}"
+        return folder
 
     @property
     def config(self) -> Config:
@@ -289,9 +290,9 @@ class Run:
         if (calibration := self.calibration) is None:
             return None
         path, listed = self.path / "reference.safetensors", self.path / "reference.csv"
-        features = read_tensors(path).get("features")
+        features = read_tensors(path).get("features", torch.empty(0))
         table = read_table(listed, REFERENCE_COLUMNS) if listed.is_file() else []
-        fits = features is not None and features.ndim == 2 and len(features) == len(table)
+        fits = features.ndim == 2 and len(features) == len(table)
         fits = fits and features.is_floating_point() and bool(features.isfinite().all())
         if not fits or not 1 <= calibration.neighbours <= len(table):
             raise BloodcellError(
@@ -445,8 +446,7 @@ def _read_calibration(path: Path) -> Calibration:
     for field in fields(Calibration):
         low, high, whole = _CALIBRATION_RANGES[field.name]
         value = values.get(field.name)
-        kinds = (int,) if whole else (int, float)
-        if type(value) not in kinds or not low <= value <= high:
+        if not is_number(value, low, high) or (whole and not isinstance(value, int)):
             raise _bad_calibration(path, f"{field.name} is {repr(value)[:40]}")
     return Calibration(**{field.name: values[field.name] for field in fields(Calibration)})
 
@@ -473,13 +473,14 @@ def _try_unlink(path: Path) -> None:
 
 def _new_folder(root: Path, name: str) -> Path:
     """A folder of that name, with a number added if it is taken."""
-    for number in count(1):
-        folder = root / (name if number == 1 else f"{name}-{number}")
+    number, folder = 1, root / name
+    while True:
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            continue
+            number += 1
+            folder = root / f"{name}-{number}"
 
 
 def _write_tensors(
@@ -493,7 +494,8 @@ def _write_tensors(
 
 def _pack_optimizer(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
     """fastai's optimizer state as named tensors and plain values that JSON can hold."""
-    tensors, plain = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    plain = []
     for index, entry in enumerate(state["state"]):
         tensors |= {f"opt.{index}.{k}": v for k, v in entry.items() if torch.is_tensor(v)}
         plain.append({k: v for k, v in entry.items() if not torch.is_tensor(v)})
