@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import tee
 
 import numpy as np
 import pandas as pd
@@ -73,8 +74,9 @@ class BatchDL(TfmdDL):
         paths, targets = table.path.to_numpy(), self._targets()
         share = training_share()
         parts = (share.of(np.array(chunk)) for chunk in self.chunkify(iter(samps)))
-        chunks = [part for part in parts if len(part)]
-        images = self.pixels.batches(paths[chunk] for chunk in chunks)
+        # Not a list: for show_batch(unique=True) fastai draws the same item without end.
+        chunks, same = tee(part for part in parts if len(part))
+        images = self.pixels.batches(paths[chunk] for chunk in same)
         for chunk, batch in zip(chunks, images, strict=True):
             batch = TensorImage(batch)
             yield (batch,) if targets is None else (batch, TensorCategory(targets[chunk]))
