@@ -1,5 +1,5 @@
-import warnings
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
