@@ -24,7 +24,7 @@ T = TypeVar("T")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what a launcher tells every process it starts
 PATIENCE = timedelta(hours=2)  # with a process that lives: the first one may calibrate long
 STOPPED = 128  # exit codes from here on say that a signal ended the process
-FIRST_SPEAKS = 3.0  # seconds: a launcher ends the others well within them when the first one fails
+FIRST_SPEAKS = 10.0  # seconds, within which a launcher ends the others when the first one fails
 
 
 @dataclass(frozen=True)

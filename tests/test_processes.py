@@ -172,7 +172,7 @@ def test_folds_of_several_processes(tmp_path, demo_root):
     job = Job(tmp_path, 2, *args)
     assert job.wait() == 0, job.log.read_text()
     predictions = pd.read_csv(tmp_path / "runs/folds/predictions.csv")
-    assert predictions.path.is_unique and len(predictions) == 128
+    assert predictions.path.is_unique and len(predictions) == 136
     assert "Accuracy per photograph" in job.log.read_text()
 
 
@@ -182,7 +182,7 @@ def test_processes_predict_what_one_does(trained, demo_root, tmp_path):
     run_alone(tmp_path, "predict", demo_root, *run, "one.csv")
     job = Job(tmp_path, 3, "predict", demo_root, *run, "three.csv")
     assert job.wait() == 0, job.log.read_text()
-    assert "128 images predicted to three.csv" in job.log.read_text()
+    assert "168 images predicted to three.csv" in job.log.read_text()
     one, three = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("one", "three"))
     pd.testing.assert_frame_equal(one, three, atol=1e-2)  # bfloat16, in other batches
     assert not list(tmp_path.glob("*.part-*"))
@@ -199,10 +199,10 @@ def test_a_prediction_cut_off_goes_on_with_another_number_of_processes(
     (tmp_path / "all.part-0002-of-0004.csv").write_text("".join([lines[0], *lines[9:31]]))
     job = Job(tmp_path, 2, "predict", demo_root, *run, "--resume")
     assert job.wait() == 0, job.log.read_text()
-    assert "98 images predicted to all.csv" in job.log.read_text()
+    assert "138 images predicted to all.csv" in job.log.read_text()
     assert "30 were there already" in job.log.read_text()
     found = pd.read_csv(tmp_path / "all.csv")
-    assert found.path.is_unique and len(found) == 128
+    assert found.path.is_unique and len(found) == 168
     assert not list(tmp_path.glob("*.part-*"))
 
 
