@@ -58,7 +58,7 @@ class Audit:
 
     @cached_property
     def contradictions(self) -> list[dict]:
-        """Fields under more than one label: ``photo``, images per label, and ``overlap``.
+        """Fields under more than one label, with ``photo``, images per ``labels``, and ``overlap``.
 
         ``overlap`` is the share, 0 to 1, of one photograph that another one of the other label
         shows too, the largest there is: near 1 they are one cell under two labels, near 0 two

@@ -34,9 +34,12 @@ from .stress import read_stress, stress_images, stress_metrics, stress_test, wri
 
 
 class Interpretation(Evaluation):
-    """An :class:`Evaluation` with the plots of fastai's ``ClassificationInterpretation``, all
-    from the one pass. fastai's own class works on the same learner, and predicts anew for
-    each."""
+    """What a pass over the validation images told, with fastai's plots of it.
+
+    It is an :class:`~bloodcell_fastai.analysis.evaluation.Evaluation` with the plots of
+    fastai's ``ClassificationInterpretation``, all from the one pass. fastai's own class works on
+    the same learner, and predicts anew for each.
+    """
 
     def plot_confusion_matrix(self) -> Figure:
         """Counts and row shares."""

@@ -148,16 +148,18 @@ def find_photos(
         progress: called from this thread with (done, total, stage), for a progress bar.
 
     Returns:
-        One row per path, in the given order:
-        ``path``, as given;
-        ``original``, name (stem) of the original; ``missing-0001`` and so on where none of the
-        originals fits; ``photo-0001`` and so on where no originals were given;
-        ``photo``, the field, which is the unit of independence: photographs that overlap have
-        the same one, named after the first of them;
-        ``inliers``, features that agree with the original, or with the closest sibling;
-        ``margin``, inliers over those of the runner-up: the next best original, or the closest
-        image of another group. Small, even negative, only where two photographs show the same
-        field. Both are 0 where an image stands alone.
+        One row per path, in the given order, with these columns.
+
+        - ``path``, as given;
+        - ``original``, name (stem) of the original; ``missing-0001`` and so on where none of the
+          originals fits; ``photo-0001`` and so on where no originals were given;
+        - ``photo``, the field, which is the unit of independence: photographs that overlap have
+          the same one, named after the first of them;
+        - ``inliers``, features that agree with the original, or with the closest sibling;
+        - ``margin``, inliers over those of the runner-up: the next best original, or the closest
+          image of another group. Small, even negative, only where two photographs show the same
+          field. Both are 0 where an image stands alone.
+
         An unreadable file stands alone. Byte-identical files belong together.
 
     Raises:

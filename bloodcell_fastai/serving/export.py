@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 FORMATS = ("onnx", "timm", "fastai", "ready")
+"""What a model can be written as."""
+
 OPSET = 18  # the first whose Resize knows antialiasing
 MAX_DIFFERENCE = 1e-4  # of a probability, from PyTorch, for the same pixels in float32
 MAX_RESIZE_DIFFERENCE = 0.02  # of a probability, once ONNX has resized the picture itself

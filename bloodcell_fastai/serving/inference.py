@@ -127,7 +127,7 @@ class Predictor:
             paths: image files.
 
         Returns:
-            One row per image, in order: ``path``, ``predicted``, ``confidence``, ``flag``
+            One row per image, in order, with ``path``, ``predicted``, ``confidence``, ``flag``
             (empty, ``uncertain`` or ``unlike training``), ``p_<CLASS>`` (calibrated
             probabilities, 0 to 1) and, where the run has a reference, ``distance`` to the
             training images and ``nearest``, the path of the nearest one.

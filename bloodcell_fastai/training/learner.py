@@ -173,8 +173,8 @@ def load_model(
     """Create a timm model and load its first weights; see :func:`blood_learner`.
 
     Returns:
-        The model and what it started from: ``none``, ``imagenet`` (with timm's tag), ``pbc``
-        (with what that is) or the name of a file.
+        The model, and what it started from, which is ``none``, ``imagenet`` (with timm's tag),
+        ``pbc`` (with what that is) or the name of a file.
     """
     weights = str(weights)
     if weights == "auto":

@@ -121,8 +121,11 @@ class Run:
 
     @property
     def output(self) -> Path:
-        """Folder for what is made of the model: the run's own; of a model that comes with the
-        package one of its name in the working folder, for the package is not to be changed."""
+        """Folder for what is made of the model.
+
+        The run's own; of a model that comes with the package one of its name in the working
+        folder, for the package is not to be changed.
+        """
         return Path(self.name) if ready_source(self.path) else self.path
 
     def results_on(self, data: Path, subset: str = "") -> Path:
