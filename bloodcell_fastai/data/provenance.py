@@ -164,6 +164,15 @@ def find_photos(
 
     Raises:
         BloodcellError: there are more than 200,000 images, which would take most of a day.
+
+    Examples:
+        >>> from bloodcell_fastai import find_photos, make_demo, open_dataset
+        >>> dataset = open_dataset(make_demo("copies", photos_per_class=2, copies=3))
+        >>> found = find_photos(dataset.table.path, dataset.originals)
+        >>> list(found.columns)
+        ['path', 'original', 'photo', 'inliers', 'margin']
+        >>> len(found), found.original.nunique()
+        (28, 8)
     """
     if len(paths) > MAX_IMAGES:
         raise BloodcellError(
@@ -215,8 +224,23 @@ def with_photos(table: pd.DataFrame, root: Path) -> pd.DataFrame:
     They are if ``root`` holds a ``photos.csv`` (columns ``path``, relative to it, and ``photo``),
     as ``bloodcell audit --out`` writes it, or if the images are those of Kaggle's set.
 
+    Args:
+        table: image table with absolute ``path``.
+        root: folder of the data set.
+
+    Returns:
+        A new table. ``photo`` is an id that the copies of one photograph share, and stays the
+        image's own path where its photograph is not known.
+
     Raises:
         BloodcellError: that file is no such table.
+
+    Examples:
+        >>> from bloodcell_fastai import open_dataset, with_photos
+        >>> dataset = open_dataset("demo")
+        >>> table = with_photos(dataset.table, dataset.root)
+        >>> table.photo.nunique() < dataset.table.photo.nunique() == len(table)
+        True
     """
     listed = Path(root) / "photos.csv"
     if listed.is_file():

@@ -46,6 +46,21 @@ class Run:
 
     Every file is written beside and renamed, so that a kill leaves the previous one. Files whose
     names begin with a dot hold nothing of the run: its lock, and what is being written.
+
+    Args:
+        path: the folder; it need not be there. To find one by its name use :meth:`open`, to make
+            one :meth:`create`; both raise a :class:`~bloodcell_fastai.BloodcellError` where they
+            cannot.
+
+    Examples:
+        >>> from bloodcell_fastai import Run
+        >>> run = Run.open("mine")
+        >>> run.config.arch, run.config.classes[0]
+        ('resnet18', 'EOSINOPHIL')
+        >>> list(run.table.columns)
+        ['path', 'label', 'subset', 'photo', 'part']
+        >>> list(run.history.columns)[:3]
+        ['epoch', 'train_loss', 'train_accuracy']
     """
 
     def __init__(self, path: str | Path):
