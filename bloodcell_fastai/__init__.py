@@ -17,7 +17,7 @@ _PUBLIC = {
     "audit": "analysis.audit",
     "cross_validate": "analysis.crossval",
     "blood_dls": "data.blocks",
-    "augmentation": "data.blocks",
+    "augmentation": "data.augmentation",
     "blood_learner": "training.learner",
     "timm_model": "training.learner",
     "calibrate": "training.calibration",

@@ -32,6 +32,17 @@ class Config:
 
     Raises:
         BloodcellError: a value is out of range; the message names the field.
+
+    Examples:
+        >>> from bloodcell_fastai import Config
+        >>> config = Config(data="demo", size=128, epochs=5)
+        >>> config.split, config.lr
+        ('photo', 0.001)
+        >>> Config(size=16)
+        Traceback (most recent call last):
+            ...
+        bloodcell_fastai.errors.BloodcellError: size is 16, which makes no sense.
+        Give --size from 32 to 4096.
     """
 
     data: str = ""

@@ -12,6 +12,16 @@ class BloodcellError(Exception):
         message: what went wrong and where.
         hint: what to do about it, a command where there is one.
         exit_code: 1 for a problem met on the way, 2 for wrong usage.
+
+    Examples:
+        >>> from bloodcell_fastai import BloodcellError, open_dataset
+        >>> try:
+        ...     open_dataset("nowhere.zip")
+        ... except BloodcellError as error:
+        ...     print(error.message)
+        ...     print(error.hint)
+        No file or folder nowhere.zip.
+        Check the path given to --data.
     """
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 1):

@@ -58,7 +58,7 @@ class Audit:
 
     @cached_property
     def contradictions(self) -> list[dict]:
-        """Fields under more than one label: ``photo``, images per label, and ``overlap``.
+        """Fields under more than one label, with ``photo``, images per ``labels``, and ``overlap``.
 
         ``overlap`` is the share, 0 to 1, of one photograph that another one of the other label
         shows too, the largest there is: near 1 they are one cell under two labels, near 0 two
@@ -126,6 +126,22 @@ def audit(
         rebuild: find them from the pixels even where the images are known.
         run: a run whose split is looked at too.
         progress: told how far the search has come.
+
+    Returns:
+        The photographs, and the table split in every way that is possible.
+
+    Raises:
+        BloodcellError: there are more images than can be compared, see :func:`find_photos`.
+
+    Examples:
+        >>> from bloodcell_fastai import audit, make_demo, open_dataset
+        >>> result = audit(open_dataset(make_demo("few", photos_per_class=4, copies=2)))
+        >>> list(result.leakages)
+        ['photo', 'official', 'random']
+        >>> result.leakages["photo"]
+        0.0
+        >>> result.leakages["official"] > 0  # TRAIN and TEST share a field
+        True
     """
     known = None if rebuild else known_photos(dataset.table.path)
     rebuilt = known is None or len(known) < len(dataset.table)

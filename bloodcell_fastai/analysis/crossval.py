@@ -35,8 +35,24 @@ def cross_validate(
         dry_run: write the plan of the first fold, tell it, and stop.
         reporter: told what happens.
 
+    Returns:
+        The run that holds the folds.
+
     Raises:
         BloodcellError: the data, an option or a training went wrong.
+
+    Examples:
+        >>> from bloodcell_fastai import Config, cross_validate
+        >>> config = Config(
+        ...     data="demo", arch="resnet18", weights="none", size=32, epochs=1, folds=2
+        ... )
+        >>> run = cross_validate(config, name="folds")  # doctest: +ELLIPSIS
+        Fold 1 of 2
+        ...
+        >>> sorted(run.table.fold.unique())
+        ['1', '2']
+        >>> (run.path / "metrics.json").is_file()
+        True
     """
     reporter = reporter or Reporter()
     config, table = prepare(config, reporter)

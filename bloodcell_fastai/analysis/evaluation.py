@@ -61,7 +61,7 @@ class Evaluation:
 
     @cached_property
     def confusion_matrix(self) -> np.ndarray:
-        """int64 (classes, classes): rows are the true classes, columns the predicted ones."""
+        """Images per true class (rows) and predicted one (columns), int64 (classes, classes)."""
         table = self.predictions
         return confusion_matrix(table.label, table.predicted, labels=self.classes)
 

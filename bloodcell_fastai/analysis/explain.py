@@ -48,6 +48,13 @@ def heat_maps(
     Raises:
         BloodcellError: the architecture has no features with a place in the image.
         OSError: an image cannot be read.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, heat_maps, load_learner
+        >>> run = Run.open("mine")
+        >>> heat = heat_maps(load_learner(run), run.table.path[:2])
+        >>> heat.shape, heat.dtype
+        ((2, 64, 64), dtype('float32'))
     """
     return network_heat_maps(learn.model, learn.arch, learn.size, learn.crop, paths, targets)
 
@@ -93,7 +100,7 @@ def network_heat_maps(
 
 
 def overlay(image: Image.Image, heat: np.ndarray, crop: str = "cell") -> Image.Image:
-    """A heat map laid over its image, clear where it is cold.
+    """Lay a heat map over its image, clear where it is cold.
 
     Args:
         image: the original, of any size and aspect.
@@ -103,6 +110,15 @@ def overlay(image: Image.Image, heat: np.ndarray, crop: str = "cell") -> Image.I
 
     Returns:
         An RGB image of the size of ``image``.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from bloodcell_fastai import Run, heat_maps, load_learner, overlay
+        >>> run = Run.open("mine")
+        >>> path = run.table.path[0]
+        >>> heat = heat_maps(load_learner(run), [path])[0]
+        >>> overlay(Image.open(path), heat, run.config.crop).size
+        (320, 240)
     """
     picture = np.asarray(image.convert("RGB"), np.float32)
     left, top, right, bottom = crop_box(image.convert("RGB"), crop)

@@ -48,12 +48,12 @@ class External:
 
     @property
     def name(self) -> str:
-        """What to call it: the folder's name, and the subset's."""
+        """What to call it, by the names of the folder and the subset."""
         return f"{self.root.name} {self.subset}".strip()
 
     @property
     def known(self) -> np.ndarray:
-        """bool (images of the table,): whether the model knows the class."""
+        """Whether the model knows the class of each image of the table, bool (images,)."""
         return self.table.theirs.isin(self.match.mapped).to_numpy()
 
     @property

@@ -34,9 +34,12 @@ from .stress import read_stress, stress_images, stress_metrics, stress_test, wri
 
 
 class Interpretation(Evaluation):
-    """An :class:`Evaluation` with the plots of fastai's ``ClassificationInterpretation``, all
-    from the one pass. fastai's own class works on the same learner, and predicts anew for
-    each."""
+    """What a pass over the validation images told, with fastai's plots of it.
+
+    It is an :class:`~bloodcell_fastai.analysis.evaluation.Evaluation` with the plots of
+    fastai's ``ClassificationInterpretation``, all from the one pass. fastai's own class works on
+    the same learner, and predicts anew for each.
+    """
 
     def plot_confusion_matrix(self) -> Figure:
         """Counts and row shares."""
@@ -56,6 +59,25 @@ def interpret(learn: Learner) -> Interpretation:
 
     Args:
         learn: a trained learner whose batches come from ``blood_dls``.
+
+    Returns:
+        Predictions, metrics and plots; the probabilities are not calibrated.
+
+    Raises:
+        BloodcellError: an image cannot be read.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, interpret, load_learner
+        >>> learn = load_learner(Run.open("mine"))
+        >>> with learn.no_bar():
+        ...     result = interpret(learn)
+        >>> result.confusion_matrix.shape
+        (4, 4)
+        >>> 0 <= result.metrics["photo_accuracy"] <= 1
+        True
+        >>> worst = result.top_losses(3)  # rows of result.predictions
+        >>> len(worst)
+        3
     """
     return _interpretation(evaluate(learn))
 
@@ -76,8 +98,21 @@ def load_learner(run: Run) -> Learner:
     Unlike fastai's function of this name it reads safetensors and JSON, and runs nothing that
     a file contains.
 
+    Args:
+        run: a trained run, its images where they were.
+
+    Returns:
+        As of :func:`~bloodcell_fastai.blood_learner`, its batches those of the run's split.
+
     Raises:
-        BloodcellError: the run has no model yet, or its files do not fit together.
+        BloodcellError: the run has no model yet, its files do not fit together, or validation
+            images are gone.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, load_learner
+        >>> learn = load_learner(Run.open("mine"))
+        >>> type(learn).__name__, len(learn.dls.vocab), learn.size
+        ('Learner', 4, 64)
     """
     run.require_model()
     config = replace(run.config, device="auto")
@@ -113,8 +148,20 @@ def interpret_run(
             made anew or the model is another.
         progress: told how far the stress test has come.
 
+    Returns:
+        Predictions, metrics and plots.
+
     Raises:
         BloodcellError: the run has no model yet, or its images are gone.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, interpret_run
+        >>> run = Run.open("mine")
+        >>> result = interpret_run(run)
+        >>> result.metrics["n_images"] == len(run.table[run.table.part == "valid"])
+        True
+        >>> sorted(path.suffix for path in run.report.glob("index.*"))
+        ['.html']
     """
     if run.output != run.path:  # even in the folder of its images: the package is not to be changed
         raise BloodcellError(
@@ -156,6 +203,15 @@ def interpret_external(
     Raises:
         BloodcellError: the run has no model yet, or no image can be scored; see
             :func:`~bloodcell_fastai.analysis.external.open_external`.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, interpret_external, make_demo, open_dataset
+        >>> other = open_dataset(make_demo("other", photos_per_class=2, copies=2, seed=1))
+        >>> result, external, folder = interpret_external(Run.open("mine"), other)
+        >>> folder.as_posix()
+        'runs/mine/on/other'
+        >>> external.excluded, result.metrics["n_images"]
+        (0, 20)
     """
     run.require_model()
     external, config = open_external(run, dataset, subset), run.config

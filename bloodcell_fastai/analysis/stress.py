@@ -66,7 +66,7 @@ class Corruption:
 
 
 def stress_images(table: pd.DataFrame, n: int = STRESS_IMAGES, seed: int = 42) -> pd.DataFrame:
-    """The validation images to corrupt: ``path``, ``label`` and ``photo`` of up to ``n``.
+    """Choose the validation images to corrupt.
 
     Every class gives as many as the others, while it has some, and every photograph of a class
     as many copies as the others: of 500 images as many show different photographs as can be.
@@ -75,6 +75,15 @@ def stress_images(table: pd.DataFrame, n: int = STRESS_IMAGES, seed: int = 42) -
         table: image table with ``part``.
         n: how many at most.
         seed: of the choice.
+
+    Returns:
+        ``path``, ``label`` and ``photo`` of up to ``n`` images.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, stress_images
+        >>> chosen = stress_images(Run.open("mine").table, n=8)
+        >>> chosen.label.value_counts().to_dict() == dict.fromkeys(chosen.label, 2)
+        True
     """
     return reference_table(table[table.part == "valid"], n, seed)
 
@@ -101,6 +110,13 @@ def stress_test(
 
     Raises:
         BloodcellError: an image cannot be read.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, load_learner, stress_images, stress_test
+        >>> run = Run.open("mine")
+        >>> table = stress_test(load_learner(run), stress_images(run.table, n=4))
+        >>> len(table), list(table.kind.unique())[:3]
+        (41, ['clean', 'stain', 'brightness'])
     """
     tasks = [(CLEAN, 0, 0.0, "", None)]
     for corruption in CORRUPTIONS:

@@ -49,6 +49,13 @@ def augmentation(
     Returns:
         A list for ``batch_tfms`` without what is off. Edges are mirrored: black corners
         would imitate those that the copies of the Kaggle set have.
+
+    Examples:
+        >>> from bloodcell_fastai import augmentation
+        >>> [type(transform).__name__ for transform in augmentation(stain=0)]
+        ['FusedAugmentation', 'Sharpness', 'Noise']
+
+        It goes into :func:`~bloodcell_fastai.blood_dls` as ``batch_tfms``.
     """
     transforms = aug_transforms(
         do_flip=flip,

@@ -127,7 +127,18 @@ def blood_dls(
 
     Raises:
         BloodcellError: the table has no ``part`` or one without images, an image of no known
-            class, or an unknown architecture.
+            class, an unknown architecture, or an image that cannot be read.
+
+    Examples:
+        >>> from bloodcell_fastai import blood_dls, open_dataset, split_table, with_photos
+        >>> dataset = open_dataset("demo")
+        >>> table = with_photos(dataset.table, dataset.root)
+        >>> dls = blood_dls(split_table(table), arch="resnet18", size=64, bs=16)
+        >>> images, labels = dls.one_batch()
+        >>> tuple(images.shape), images.dtype, labels.dtype
+        ((16, 3, 64, 64), torch.float32, torch.int64)
+        >>> list(dls.vocab)
+        ['EOSINOPHIL', 'LYMPHOCYTE', 'MONOCYTE', 'NEUTROPHIL']
     """
     if "part" not in table:
         raise BloodcellError("The table is not split.", "Call split_table(table) first.")

@@ -36,6 +36,8 @@ SYNONYMS = {
     "platelet": ("PLT", "thrombocyte"),
     "smudge cell": ("KSC",),
 }
+"""Names of the cells, and what else each is called."""
+
 PART_OF = {
     "segmented neutrophil": "neutrophil",
     "band neutrophil": "neutrophil",
@@ -44,6 +46,7 @@ PART_OF = {
     "myelocyte": "immature granulocyte",
     "metamyelocyte": "immature granulocyte",
 }
+"""Cells that are a kind of another."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,21 @@ def open_dataset(
         progress: told how far unpacking and checking have come.
         download: fetches the Kaggle set and returns its folder; kagglehub by default.
 
+    Returns:
+        The data set; its ``table`` has a row per readable image.
+
     Raises:
         BloodcellError: nothing usable is there; the message says what was found.
+
+    Examples:
+        >>> from bloodcell_fastai import open_dataset
+        >>> dataset = open_dataset("demo")
+        >>> list(dataset.table.columns)
+        ['path', 'label', 'subset', 'photo']
+        >>> list(dataset.counts.columns)
+        ['EOSINOPHIL', 'LYMPHOCYTE', 'MONOCYTE', 'NEUTROPHIL']
+        >>> dataset.warnings
+        ('DEMO DATA: drawn by code, not photographed.',)
     """
     home = Path(home)
     if source is not None and str(source) != "demo":

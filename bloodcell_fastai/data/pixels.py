@@ -35,7 +35,7 @@ def decode(
     Args:
         path: an image file.
         size: side of the square, in pixels.
-        crop: ``cell`` or ``frame``, see :func:`framed`.
+        crop: ``cell`` or ``frame``, see :func:`~bloodcell_fastai.data.framing.framed`.
         change: made to the whole picture first, so that the part is looked for in the result.
 
     Raises:
@@ -58,7 +58,7 @@ def decode_ahead(
     Args:
         chunks: paths, a batch at a time; drawn from as they are needed.
         size: side of the square, in pixels.
-        crop: ``cell`` or ``frame``, see :func:`framed`.
+        crop: ``cell`` or ``frame``, see :func:`~bloodcell_fastai.data.framing.framed`.
         threads: how many decode; as many as there are processors, at most 8, if None.
         change: see :func:`decode`.
 
@@ -84,7 +84,7 @@ class Pixels:
 
     Args:
         size: side of the square, in pixels.
-        crop: ``cell`` or ``frame``, see :func:`framed`.
+        crop: ``cell`` or ``frame``, see :func:`~bloodcell_fastai.data.framing.framed`.
         threads: see :func:`decode_ahead`.
         cached: uint8 (images, size, size, 3), or None.
         rows: the row of each path in ``cached``.

@@ -148,20 +148,31 @@ def find_photos(
         progress: called from this thread with (done, total, stage), for a progress bar.
 
     Returns:
-        One row per path, in the given order:
-        ``path``, as given;
-        ``original``, name (stem) of the original; ``missing-0001`` and so on where none of the
-        originals fits; ``photo-0001`` and so on where no originals were given;
-        ``photo``, the field, which is the unit of independence: photographs that overlap have
-        the same one, named after the first of them;
-        ``inliers``, features that agree with the original, or with the closest sibling;
-        ``margin``, inliers over those of the runner-up: the next best original, or the closest
-        image of another group. Small, even negative, only where two photographs show the same
-        field. Both are 0 where an image stands alone.
+        One row per path, in the given order, with these columns.
+
+        - ``path``, as given;
+        - ``original``, name (stem) of the original; ``missing-0001`` and so on where none of the
+          originals fits; ``photo-0001`` and so on where no originals were given;
+        - ``photo``, the field, which is the unit of independence: photographs that overlap have
+          the same one, named after the first of them;
+        - ``inliers``, features that agree with the original, or with the closest sibling;
+        - ``margin``, inliers over those of the runner-up: the next best original, or the closest
+          image of another group. Small, even negative, only where two photographs show the same
+          field. Both are 0 where an image stands alone.
+
         An unreadable file stands alone. Byte-identical files belong together.
 
     Raises:
         BloodcellError: there are more than 200,000 images, which would take most of a day.
+
+    Examples:
+        >>> from bloodcell_fastai import find_photos, make_demo, open_dataset
+        >>> dataset = open_dataset(make_demo("copies", photos_per_class=2, copies=3))
+        >>> found = find_photos(dataset.table.path, dataset.originals)
+        >>> list(found.columns)
+        ['path', 'original', 'photo', 'inliers', 'margin']
+        >>> len(found), found.original.nunique()
+        (28, 8)
     """
     if len(paths) > MAX_IMAGES:
         raise BloodcellError(
@@ -213,8 +224,23 @@ def with_photos(table: pd.DataFrame, root: Path) -> pd.DataFrame:
     They are if ``root`` holds a ``photos.csv`` (columns ``path``, relative to it, and ``photo``),
     as ``bloodcell audit --out`` writes it, or if the images are those of Kaggle's set.
 
+    Args:
+        table: image table with absolute ``path``.
+        root: folder of the data set.
+
+    Returns:
+        A new table. ``photo`` is an id that the copies of one photograph share, and stays the
+        image's own path where its photograph is not known.
+
     Raises:
         BloodcellError: that file is no such table.
+
+    Examples:
+        >>> from bloodcell_fastai import open_dataset, with_photos
+        >>> dataset = open_dataset("demo")
+        >>> table = with_photos(dataset.table, dataset.root)
+        >>> table.photo.nunique() < dataset.table.photo.nunique() == len(table)
+        True
     """
     listed = Path(root) / "photos.csv"
     if listed.is_file():

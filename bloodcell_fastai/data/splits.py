@@ -12,7 +12,7 @@ _VALID_NAMES = (("valid", "val", "validation"), ("test", "testing"))
 
 
 def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.DataFrame:
-    """Return the image table with the column ``part``: ``train``, ``valid`` or empty (unused).
+    """Say of every image whether it trains or validates.
 
     Args:
         table: image table with ``label``, ``subset`` and ``photo``.
@@ -22,9 +22,23 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
             photograph on both sides.
         seed: of the random choice; ``official`` has none.
 
+    Returns:
+        The table with the column ``part``, which is ``train``, ``valid`` or empty (unused).
+
     Raises:
         BloodcellError: the table cannot be split that way, or a class would be missing from
             training or from validation.
+        KeyError: ``how`` is none of the three.
+
+    Examples:
+        >>> from bloodcell_fastai import leakage, open_dataset, split_table, with_photos
+        >>> dataset = open_dataset("demo")
+        >>> table = with_photos(dataset.table, dataset.root)
+        >>> split = split_table(table, "photo")
+        >>> sorted(split.part.unique())
+        ['train', 'valid']
+        >>> leakage(split)
+        0.0
     """
     part = {"random": _random, "official": _official, "photo": _by_photo}[how](table, seed)
     result = table.assign(part=part)
@@ -62,6 +76,18 @@ def leakage(table: pd.DataFrame) -> float | None:
     """Share of validation images, 0 to 1, whose photograph is also in training.
 
     None if the photographs are not known, which is when every image is its own.
+
+    Args:
+        table: image table with ``photo`` and ``part``.
+
+    Examples:
+        >>> from bloodcell_fastai import leakage, open_dataset, split_table, with_photos
+        >>> dataset = open_dataset("demo")
+        >>> table = with_photos(dataset.table, dataset.root)
+        >>> leakage(split_table(table, "random")) > 0.9
+        True
+        >>> leakage(split_table(table, "photo"))
+        0.0
     """
     if not photos_known(table):
         return None

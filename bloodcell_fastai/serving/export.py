@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 FORMATS = ("onnx", "timm", "fastai", "ready")
+"""What a model can be written as."""
+
 OPSET = 18  # the first whose Resize knows antialiasing
 MAX_DIFFERENCE = 1e-4  # of a probability, from PyTorch, for the same pixels in float32
 MAX_RESIZE_DIFFERENCE = 0.02  # of a probability, once ONNX has resized the picture itself
@@ -86,6 +88,14 @@ def export_run(
         BloodcellError: unknown format, no model yet, a package is missing, the ONNX file or the
             weights in half precision do not answer as the model does (they are not kept), the
             run would be written over, or the Hub refuses.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, export_run
+        >>> folder = export_run(Run.open("mine"), "timm")
+        Written to runs/mine/export/timm: config.json, model.safetensors, README.md
+        >>> import timm
+        >>> timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes
+        4
     """
     reporter = reporter or Reporter()
     if format not in FORMATS:

@@ -58,7 +58,15 @@ class Predictor:
         min_confidence: below it an image is flagged as uncertain, 0 to 1.
         device: torch device.
 
-    >>> Predictor.load("runs/mine")(["cell.jpg"])  # doctest: +SKIP
+    Examples:
+        >>> from bloodcell_fastai import Predictor, Run
+        >>> predictor = Predictor.load("mine", min_confidence=0.5)
+        >>> table = predictor(Run.open("mine").table.path[:2])
+        >>> list(table.columns)[:5]
+        ['path', 'predicted', 'confidence', 'flag', 'p_EOSINOPHIL']
+        >>> probabilities = table.filter(like="p_").sum(axis=1)
+        >>> probabilities.round(6).tolist()
+        [1.0, 1.0]
     """
 
     def __init__(
@@ -128,7 +136,7 @@ class Predictor:
             paths: image files.
 
         Returns:
-            One row per image, in order: ``path``, ``predicted``, ``confidence``, ``flag``
+            One row per image, in order, with ``path``, ``predicted``, ``confidence``, ``flag``
             (empty, ``uncertain`` or ``unlike training``), ``p_<CLASS>`` (calibrated
             probabilities, 0 to 1) and, where the run has a reference, ``distance`` to the
             training images and ``nearest``, the path of the nearest one.

@@ -132,6 +132,21 @@ def calibrate(learn: Learner, run: Run) -> Calibration:
             :func:`~bloodcell_fastai.blood_dls`.
         run: where ``calibration.json``, ``reference.safetensors`` and ``reference.csv`` are
             written.
+
+    Returns:
+        The temperature and the threshold, a distance from 0 to 2.
+
+    Raises:
+        BloodcellError: an image cannot be read.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, calibrate, load_learner
+        >>> run = Run.open("mine")
+        >>> learn = load_learner(run)
+        >>> with learn.no_bar():
+        ...     calibration = calibrate(learn, run)
+        >>> calibration.temperature > 0, 0 < calibration.distance_threshold < 2
+        (True, True)
     """
     config = run.config
     logits, features, targets = predict_with_features(learn, learn.dls.valid)

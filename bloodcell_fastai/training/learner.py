@@ -130,6 +130,19 @@ def blood_learner(
     Raises:
         BloodcellError: unknown architecture, a size it cannot take, weights that cannot be had
             or do not fit.
+
+    Examples:
+        >>> from bloodcell_fastai import (
+        ...     blood_dls, blood_learner, open_dataset, split_table, with_photos
+        ... )
+        >>> dataset = open_dataset("demo")
+        >>> table = with_photos(dataset.table, dataset.root)
+        >>> dls = blood_dls(split_table(table), arch="resnet18", size=64, bs=16)
+        >>> learn = blood_learner(dls, "resnet18", weights="none")
+        >>> learn.weights_used, learn.pretrained, learn.size, learn.crop
+        ('none', False, 64, 'cell')
+        >>> with learn.no_bar(), learn.no_logging():
+        ...     learn.fit_one_cycle(1, 1e-3)
     """
     n_out = n_out or len(dls.vocab)
     size = size or dls.one_batch()[0].shape[-1]
@@ -175,7 +188,21 @@ def _registered(model: nn.Module) -> Iterator[Callable]:
 
 
 def timm_model(learn: Learner) -> TimmModel:
-    """The timm model inside a learner of :func:`blood_learner`."""
+    """The timm model inside a learner of :func:`blood_learner`.
+
+    Returns:
+        The model that ``timm.create_model`` made, its classifier included: float32 images
+        (n, 3, size, size), normalised, to logits (n, classes).
+
+    Raises:
+        AttributeError: the learner is not of :func:`blood_learner`.
+
+    Examples:
+        >>> from bloodcell_fastai import Run, load_learner, timm_model
+        >>> model = timm_model(load_learner(Run.open("mine")))
+        >>> model.pretrained_cfg["architecture"], model.num_classes
+        ('resnet18', 4)
+    """
     return get_model(learn.model)[0].model
 
 
@@ -192,8 +219,8 @@ def load_model(
     """Create a timm model and load its first weights; see :func:`blood_learner`.
 
     Returns:
-        The model and what it started from: ``none``, ``imagenet`` (with timm's tag), ``pbc``
-        (with what that is) or the name of a file.
+        The model, and what it started from, which is ``none``, ``imagenet`` (with timm's tag),
+        ``pbc`` (with what that is) or the name of a file.
     """
     weights = str(weights)
     if weights == "auto":
@@ -335,11 +362,11 @@ def classifier_inputs(model: TimmModel) -> Iterator[ClassifierInputs]:
     """Collect the penultimate features of a timm model while it predicts, at no extra cost.
 
     They are the inputs of ``model.get_classifier()``; of the first, where an architecture has
-    several (distilled ones).
+    several (distilled ones). ::
 
-    >>> with classifier_inputs(timm_model(learn)) as inputs:  # doctest: +SKIP
-    ...     probabilities, _ = learn.get_preds()
-    >>> features = inputs.take()  # doctest: +SKIP
+        with classifier_inputs(timm_model(learn)) as inputs:
+            probabilities, _ = learn.get_preds()
+        features = inputs.take()
     """
     classifier = model.get_classifier()
     if isinstance(classifier, tuple):

@@ -18,7 +18,9 @@ PACKED_FILES = (
     *("calibration.json", "reference.safetensors", "reference.csv"),
     *("predictions.csv", "metrics.json", "last/finished.json"),
 )
-PATH_COLUMNS = ("path", "photo", "nearest")  # photo too: an image whose is unknown is its own
+"""What of a run is passed on."""
+PATH_COLUMNS = ("path", "photo", "nearest")
+"""Columns that hold paths; ``photo`` too, as an image whose photograph is unknown is its own."""
 
 
 def half_precision(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -51,7 +53,7 @@ def pack(run: Run, folder: str | Path, state: Mapping[str, torch.Tensor]) -> lis
         state: the weights to write.
 
     Returns:
-        Its files: those of :data:`PACKED_FILES` that the run has.
+        Those files of :data:`PACKED_FILES` that the run has.
     """
     config, packed = run.config, Run(folder)
     root = Path(config.data)

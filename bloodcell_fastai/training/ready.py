@@ -38,6 +38,8 @@ READY = {
         "[doi:10.1016/j.dib.2020.105474](https://doi.org/10.1016/j.dib.2020.105474)",
     )
 }
+"""The models that come with the package, by name."""
+
 DEFAULT_READY = "pbc"  # what predicts where nothing was trained
 
 

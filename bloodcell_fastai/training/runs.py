@@ -47,6 +47,21 @@ class Run:
     Every file is written beside and renamed, so that a kill leaves the previous one. Of processes
     that train together the first writes, and what writes does nothing in the others. Files whose
     names begin with a dot hold nothing of the run: its lock, and what is being written.
+
+    Args:
+        path: the folder; it need not be there. To find one by its name use :meth:`open`, to make
+            one :meth:`create`; both raise a :class:`~bloodcell_fastai.BloodcellError` where they
+            cannot.
+
+    Examples:
+        >>> from bloodcell_fastai import Run
+        >>> run = Run.open("mine")
+        >>> run.config.arch, run.config.classes[0]
+        ('resnet18', 'EOSINOPHIL')
+        >>> list(run.table.columns)
+        ['path', 'label', 'subset', 'photo', 'part']
+        >>> list(run.history.columns)[:3]
+        ['epoch', 'train_loss', 'train_accuracy']
     """
 
     def __init__(self, path: str | Path):
@@ -127,8 +142,11 @@ class Run:
 
     @property
     def output(self) -> Path:
-        """Folder for what is made of the model: the run's own; of a model that comes with the
-        package one of its name in the working folder, for the package is not to be changed."""
+        """Folder for what is made of the model.
+
+        The run's own; of a model that comes with the package one of its name in the working
+        folder, for the package is not to be changed.
+        """
         return Path(self.name) if ready_source(self.path) else self.path
 
     def results_on(self, data: Path, subset: str = "") -> Path:

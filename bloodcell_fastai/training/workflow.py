@@ -58,8 +58,22 @@ def train(
         dry_run: write ``config.json`` and ``split.csv``, tell the plan, and stop.
         reporter: told what happens.
 
+    Returns:
+        The run; with ``dry_run`` one without a model.
+
     Raises:
         BloodcellError: the data, an option or the training went wrong.
+
+    Examples:
+        >>> from bloodcell_fastai import Config, train
+        >>> config = Config(
+        ...     data="demo", arch="resnet18", weights="none", size=64, batch_size=16, epochs=1
+        ... )
+        >>> run = train(config, name="first")  # doctest: +ELLIPSIS
+        Run      runs/first
+        ...
+        >>> run.has_model, len(run.history)
+        (True, 1)
     """
     reporter = reporter or Reporter()
     config, table = prepare(config, reporter)

@@ -1,0 +1,227 @@
+"""What is written about the library holds: examples run, links lead somewhere, commands exist."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import groupby, pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import typer
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from typer.exceptions import TyperException
+
+import bloodcell_fastai
+from bloodcell_fastai import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *(ROOT / name for name in ("data/README.md", "bloodcell_fastai/weights/pbc/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PUBLIC = bloodcell_fastai.__all__
+API = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst")}
+MARKDOWN = MarkdownIt().enable("table")
+
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=[path.relative_to(ROOT).as_posix() for path in PAGES]
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, demo_root, trained) -> Path:
+    """A folder as a reader of the examples has it: the demo is drawn, and ``mine`` is trained."""
+    path = tmp_path_factory.mktemp("examples")
+    (path / "data").mkdir()
+    (path / "data" / "demo").symlink_to(demo_root)
+    shutil.copytree(trained.path, path / "runs" / "mine")
+    return path
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_examples_of_every_public_name(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    thing = getattr(bloodcell_fastai, name)
+    assert "\nExamples:\n" in (thing.__doc__ or "").replace("    ", "")
+    own, *others = doctest.DocTestFinder().find(thing, name, globs={})
+    assert own.examples
+    for test in (own, *others):
+        shown = []
+        failed, _ = doctest.DocTestRunner().run(test, out=shown.append)
+        assert not failed, "".join(shown)
+
+
+def test_every_public_name_has_its_place_in_the_api_reference():
+    listed = re.findall(r"~bloodcell_fastai\.([\w.]+)\.(\w+)", API["index"])
+    assert dict(map(reversed, listed)) == bloodcell_fastai._PUBLIC
+    assert len(listed) == len(PUBLIC)
+    for name in PUBLIC:  # else automodule passes over it
+        thing = getattr(bloodcell_fastai, name)
+        assert thing.__module__ == f"bloodcell_fastai.{bloodcell_fastai._PUBLIC[name]}"
+
+
+def test_every_module_is_in_the_api_reference():
+    found = pkgutil.walk_packages(bloodcell_fastai.__path__, "bloodcell_fastai.")
+    modules = {module.name for module in found if not module.ispkg}
+    listed = re.findall(r"automodule:: (\S+)", "".join(API.values()))
+    assert sorted(listed) == sorted(modules - {"bloodcell_fastai.cli", "bloodcell_fastai.__main__"})
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        if re.match(r"\w+:", link):
+            continue  # the web is not asked
+        path, _, anchor = unquote(link).partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@each_page
+def test_commands_exist(page):
+    for name in inline_commands(page):
+        check_bloodcell(name, complete=False)
+    for command in commands(page):
+        words = command[1:]
+        if command[0] == "bloodcell":
+            check_bloodcell(words)
+        elif command[:2] == ["python", "cli.py"]:
+            check_bloodcell(words[1:])
+        elif command[0] == "python" and words[0].endswith(".py"):
+            check_script(ROOT / words[0], words[1:])
+
+
+@each_page
+def test_python_compiles_and_imports_what_exists(page):
+    for block in (token for token in tokens(page) if token.info == "python"):
+        for node in ast.walk(ast.parse(block.content)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("bloodcell_fastai"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+def test_the_readme_and_the_api_show_commands():
+    """Else the tests above would look at nothing."""
+    shown = [command for page in PAGES for command in commands(page)]
+    assert {words[1] for words in shown if words[0] == "bloodcell"} >= set(command_line().commands)
+    assert any(words[:1] == ["python"] for words in shown)
+
+
+def test_the_citation_names_what_it_must():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == version("bloodcell-fastai")
+    assert citation["message"]
+    for work in (citation, *citation["references"]):
+        assert work["title"] and work["authors"] and work["type"]
+    for reference in citation["references"]:
+        assert re.fullmatch(r"10\.\d{4,}/\S+", reference["doi"])
+        assert isinstance(reference["year"], int)
+
+
+def tokens(page: Path) -> list[Token]:
+    """Of a markdown page, those inside paragraphs too."""
+    top = MARKDOWN.parse(page.read_text())
+    return [*top, *(child for token in top for child in token.children or ())]
+
+
+def links(page: Path) -> list[str]:
+    """Targets of the links and pictures of a page, as they are written."""
+    found = (token.attrGet("href") or token.attrGet("src") for token in tokens(page))
+    return list(filter(None, found))
+
+
+def anchors(page: Path) -> set[str]:
+    """What a code hosting site names the headings of a page."""
+    parsed = MARKDOWN.parse(page.read_text())
+    titles = (
+        "".join(child.content for child in text.children)
+        for heading, text in pairwise(parsed)
+        if heading.type == "heading_open"
+    )
+    return {re.sub(r"[^\w\s-]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command in the blocks of a page."""
+    for token in tokens(page):
+        if token.type == "code_block" or (token.type == "fence" and not token.info):
+            for line in token.content.replace("\\\n", " ").splitlines():
+                yield from split_command(line)
+
+
+def inline_commands(page: Path) -> Iterator[list[str]]:
+    """What follows ``bloodcell`` where a line of text speaks of a command."""
+    for token in tokens(page):
+        if token.type == "code_inline" and token.content.startswith("bloodcell "):
+            yield token.content.replace("…", "").split()[1:]
+
+
+def split_command(line: str) -> Iterator[list[str]]:
+    """The words of each command of a line of shell, without its comment."""
+    if "…" in line or "..." in line or line.lstrip().startswith(("#", "{")):
+        return  # says how a command begins, and no more
+    words = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+    words.whitespace_split = True
+    try:
+        split = list(words)
+    except ValueError:
+        return  # text with an apostrophe
+    for is_end, group in groupby(split, key=lambda word: set(word) <= set("&|;")):
+        if not is_end:
+            yield list(group)
+
+
+def command_line() -> typer.core.TyperGroup:
+    return typer.main.get_command(cli.app)
+
+
+def check_bloodcell(words: list[str], complete: bool = True) -> None:
+    """Parse the words after ``bloodcell`` as the command line does, and run nothing.
+
+    Of an incomplete command, which text may speak of, only the options must exist.
+    """
+    group = command_line()
+    while words and words[0] in options(group):
+        words = words[1:]
+    if not words:
+        return
+    assert words[0] in group.commands, f"bloodcell {words[0]}"
+    command = group.commands[words[0]]
+    for word in words[1:]:
+        assert not word.startswith("--") or word in options(command), f"bloodcell {words}"
+    if complete and "--help" not in words:
+        try:
+            command.make_context(words[0], words[1:])
+        except TyperException as error:
+            pytest.fail(f"bloodcell {words}: {error.format_message()}")
+
+
+def options(command) -> set[str]:
+    return {"--help", "-h"}.union(*(parameter.opts for parameter in command.params))
+
+
+def check_script(script: Path, words: list[str]) -> None:
+    """The script is there and knows the options; those after ``--`` are for ``bloodcell fit``."""
+    assert script.is_file(), script
+    source = script.read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+    split = words.index("--") if "--" in words else len(words)
+    for word in words[:split]:
+        if word.startswith("--"):  # an argument of argparse, or of common.arguments
+            name = word.removeprefix("--").replace("-", "_")
+            assert re.search(rf'"{word}"|\b{name}=|"{name}": ', source), f"{script.name} {word}"
+    if split < len(words):
+        check_bloodcell(["fit", *words[split + 1 :]])
