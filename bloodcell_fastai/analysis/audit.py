@@ -128,8 +128,9 @@ def audit(
         progress: told how far the search has come.
     """
     known = None if rebuild else known_photos(dataset.table.path)
-    rebuilt = known is None or len(known) < len(dataset.table)
-    if rebuilt:
+    rebuilt = False
+    if known is None or len(known) < len(dataset.table):
+        rebuilt = True
         known = find_photos(
             dataset.table.path,
             dataset.originals,

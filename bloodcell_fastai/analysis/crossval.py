@@ -96,8 +96,8 @@ def _train_folds(
             return
         results.append(interpret_run(fold))
     pooled = pd.concat([result.predictions for result in results], ignore_index=True)
-    leakages = [result.leakage for result in results]
-    leakage = None if None in leakages else sum(leakages) / len(tables)
+    leakages = [result.leakage for result in results if result.leakage is not None]
+    leakage = sum(leakages) / len(tables) if len(leakages) == len(tables) else None
     # Each fold has a temperature of its own.
     write_results(parent, Interpretation(pooled, results[0].classes, leakage, temperature=None))
     parent.finish()
