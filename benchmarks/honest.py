@@ -6,10 +6,11 @@
 DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcell fit``, such as
 ``--size 128 --epochs 3 --batch-size 32``. The protocol is that of docs/evaluation.md:
 
-- Recipes are compared by cross-validation on the photographs behind TRAIN, the same folds for all,
-  with at most ``--copies`` copies of each. The first recipe is the one the others are measured
-  against, photograph by photograph: a paired bootstrap interval of the difference and the exact
-  McNemar test. A recipe whose interval holds 0 is not better.
+- Of each photograph behind TRAIN at most ``--copies`` copies are trained on, and of each class at
+  most ``--per-class`` images, spread evenly over its photographs.
+- Recipes are compared by cross-validation on these, the same folds for all. The first recipe is
+  the one the others are measured against, photograph by photograph: a paired bootstrap interval of
+  the difference and the exact McNemar test. A recipe whose interval holds 0 is not better.
 - ``--also OTHER`` adds another data set to what is trained on, where the classes agree, such as the
   PBC set; it is for a look, whose TEST stays what it is.
 - ``--look`` trains one recipe on all of TRAIN, a fifth of its photographs choosing the epoch, and
@@ -43,6 +44,8 @@ RECIPES = {  # what differs from the defaults of ``bloodcell fit``
     "frozen norm": ["--freeze-norm"],
     "no smoothing": ["--label-smoothing", "0"],
     "mixup": ["--mixup", "0.2"],
+    "twice the epochs": ["--epochs", "6"],
+    "three times the rate": ["--lr", "3e-3"],
     "random weights": ["--weights", "none"],
     "imagenet": ["--weights", "imagenet"],
 }
@@ -70,9 +73,12 @@ def shared_classes(data: str, classes: list[str], home: Path) -> pd.DataFrame:
     return table.assign(label=table.label.map(names)).dropna(subset="label")
 
 
-def few_copies(table: pd.DataFrame, copies: int) -> pd.DataFrame:
-    """At most so many copies of each photograph, the same for every recipe."""
-    return table.sample(frac=1, random_state=0).groupby(["photo", "label"]).head(copies)
+def few_copies(table: pd.DataFrame, copies: int, per_class: int) -> pd.DataFrame:
+    """Some copies of each photograph, the same for every recipe."""
+    shuffled = table.sample(frac=1, random_state=0)
+    number = shuffled.groupby(["photo", "label"]).cumcount()
+    in_turns = shuffled.assign(number=number).sort_values("number", kind="stable")
+    return in_turns[in_turns.number < copies].groupby("label").head(per_class)
 
 
 def bloodcell(*arguments: str | Path) -> None:
@@ -87,7 +93,7 @@ def cross_validated(recipe: str, data: Path, args: argparse.Namespace) -> Evalua
     if not (run.path / "metrics.json").is_file():
         own = ["--folds", args.folds, "--name", name, "--runs", args.out / "runs"]
         started = ["--resume"] if run.path.is_dir() else []
-        bloodcell("fit", "--data", data, *own, *RECIPES[recipe], *args.fit, *started)
+        bloodcell("fit", "--data", data, *own, *args.fit, *RECIPES[recipe], *started)
     return Evaluation(pd.read_csv(run.path / "predictions.csv"), run.config.classes)
 
 
@@ -124,19 +130,22 @@ def _right(evaluation: Evaluation) -> pd.Series:
 
 def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict:
     """Train on TRAIN, score once on TEST; the figures, as they are added to the table of looks."""
-    name = "-".join(["look", str(datetime.date.today()), *recipe.split(), Path(args.also).stem])
+    name = "-".join(
+        ["look", str(datetime.date.today()), *recipe.split(), Path(args.also).stem or "kaggle"]
+    )
     run = Run(args.out / "runs" / name)
     own = ["--split", "photo", "--name", name, "--runs", args.out / "runs"]
     if not run.finished:
         started = ["--resume"] if run.started else []
-        bloodcell("fit", "--data", train, *own, *RECIPES[recipe], *args.fit, *started)
+        bloodcell("fit", "--data", train, *own, *args.fit, *RECIPES[recipe], *started)
     bloodcell("interpret", run.path, "--data", test)
     figures = read_json(run.results_on(test) / "metrics.json")
     kept = ("n_images", "n_photos", "accuracy", "photo_accuracy", "macro_f1", "balanced_accuracy")
     return {
         "date": str(datetime.date.today()),
         "recipe": recipe,
-        "options": " ".join([*RECIPES[recipe], *args.fit]),
+        "options": " ".join([*args.fit, *RECIPES[recipe]]),
+        "images": f"{args.copies} a photograph, {args.per_class} a class",
         "also": Path(args.also).stem,
         "machine": machine(),
         "why": args.why,
@@ -154,6 +163,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["cell", "frame"])
     parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--per-class", type=int, default=10_000)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--look", choices=RECIPES)
     parser.add_argument("--why", default="")
@@ -169,19 +179,27 @@ def main() -> None:
     table = with_photos(dataset.table, dataset.root)
     train = table[table.subset == "TRAIN"]
     if args.look:
+        train = few_copies(train, args.copies, args.per_class)
         if args.also:
             other = shared_classes(args.also, sorted(set(train.label)), args.out / "data")
+            other = few_copies(other, args.copies, args.per_class)
             train = pd.concat([train, other], ignore_index=True)
         test = table[(table.subset == "TEST") & ~table.photo.isin(train.photo)]
         folders = [
             write_folder(t, args.out / n)
-            for t, n in ((train, f"TRAIN{Path(args.also).stem}"), (test, "TEST"))
+            for t, n in (
+                (train, f"TRAIN{Path(args.also).stem}-{args.copies}-{args.per_class}"),
+                (test, "TEST"),
+            )
         ]
         found = pd.DataFrame([look(args.look, *folders, args)])
         found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
         print(found.T.to_string(header=False))
         return
-    folder = write_folder(few_copies(train, args.copies), args.out / f"train-{args.copies}")
+    folder = write_folder(
+        few_copies(train, args.copies, args.per_class),
+        args.out / f"train-{args.copies}-{args.per_class}",
+    )
     results = {name: cross_validated(name, folder, args) for name in args.recipes}
     first = results[args.recipes[0]]
     print(f"\n{machine()}; {' '.join(args.fit)}; {args.folds} folds of {folder.name}\n")

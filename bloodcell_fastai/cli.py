@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,7 @@ from typer.exceptions import TyperException
 
 from .config import Config
 from .errors import BloodcellError, disk_error, printable, usage_error
-from .reporter import Reporter
+from .reporter import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,17 +195,9 @@ def fit(
     ] = False,
 ) -> None:
     """Train a model and keep its best epoch."""
-    reporter = TerminalReporter()
     if resume_run:
-        from .training.runs import Run, newest_unfinished
-        from .training.workflow import resume
-
-        if (run := Run.open(name, runs) if name else newest_unfinished(runs)).config.folds:
-            from .analysis.crossval import resume_folds
-
-            _print_results(resume_folds(run, reporter))
-        else:
-            resume(runs, str(run.path), reporter)
+        with _processes() as reporter:
+            _resume(name, runs, reporter)
         return
     config = Config(
         data=data or "",
@@ -236,16 +229,40 @@ def fit(
         compile=compile,
         folds=folds,
     )
-    if not folds:
-        from .training.workflow import train
+    with _processes() as reporter:
+        if not folds:
+            from .training.workflow import train
 
-        train(config, runs, name, dry_run, reporter)
+            train(config, runs, name, dry_run, reporter)
+            return
+        from .analysis.crossval import cross_validate
+
+        run = cross_validate(config, runs, name, dry_run, reporter)
+        if not dry_run:
+            _print_results(run, reporter)
+
+
+def _resume(name: str | None, runs: Path, reporter: Reporter) -> None:
+    from .training.runs import Run, newest_unfinished
+    from .training.workflow import resume
+
+    run = Run.open(name, runs) if name else newest_unfinished(runs)
+    if not run.config.folds:
+        resume(runs, str(run.path), reporter)
         return
-    from .analysis.crossval import cross_validate
+    from .analysis.crossval import resume_folds
 
-    run = cross_validate(config, runs, name, dry_run, reporter)
-    if not dry_run:
-        _print_results(run)
+    _print_results(resume_folds(run, reporter), reporter)
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[Reporter]:
+    """A block in which the processes that ``accelerate launch`` started, if it did, are one job;
+    the first of them reports."""
+    from .processes import joined
+
+    with joined() as share:
+        yield TerminalReporter() if share.rank == 0 else SilentReporter()
 
 
 @app.command()
@@ -317,10 +334,15 @@ def predict(
     from .serving.inference import Predictor, find_images, predict
     from .training.runs import open_model
 
-    reporter = TerminalReporter()
-    predictor = Predictor.load(open_model(run, runs, reporter), tta, min_confidence, device)
-    images = find_images(paths, sys.stdin)
-    outcome = predict(predictor, images, out, resume, reporter.progress)
+    with _processes() as reporter:
+        predictor = Predictor.load(open_model(run, runs, reporter), tta, min_confidence, device)
+        images = find_images(paths, sys.stdin)
+        outcome = predict(predictor, images, out, resume, reporter.progress)
+    if isinstance(reporter, TerminalReporter):
+        _print_outcome(outcome, out)
+
+
+def _print_outcome(outcome: "Outcome", out: Path | None) -> None:
     if outcome.table is not None:
         shown = outcome.table[["path", "predicted", "confidence", "flag"]]
         _print_table(shown.head(MOST_ROWS), "Predictions")
@@ -377,10 +399,10 @@ def serve(
     serve(open_model(run, runs, reporter), host, port, min_confidence, device, reporter)
 
 
-def _print_results(run: "Run") -> None:
+def _print_results(run: "Run", reporter: Reporter) -> None:
     from .analysis.interpretation import read_results, summarise
 
-    console.print(summarise(read_results(run), run.config))
+    reporter.say(summarise(read_results(run), run.config))
 
 
 def _count_predictions(outcome: "Outcome", out: Path | None) -> str:
@@ -522,6 +544,10 @@ def _unexpected(error: Exception) -> BloodcellError:
 
 
 def _show_error(error: BloodcellError) -> int:
+    if "RANK" in os.environ:  # of several processes
+        from .processes import let_the_first_speak
+
+        let_the_first_speak()
     message, hint = (text.replace("\n", "\\n") for text in (error.message, error.hint))
     errors.print(Text(printable(f"Error: {message}"), style="bold red"))
     if hint:

@@ -24,3 +24,13 @@ class Reporter:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Tell how far something long has come; called for every step of it."""
+
+
+class SilentReporter(Reporter):
+    """Says nothing: of several processes one is enough to hear."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""

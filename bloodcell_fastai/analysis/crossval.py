@@ -9,10 +9,11 @@ import pandas as pd
 from ..config import Config
 from ..data.splits import split_folds
 from ..errors import BloodcellError
+from ..processes import by_first, rank, wait_for_all
 from ..reporter import Reporter
 from ..training.runs import Run
 from ..training.workflow import prepare, resume, train_table
-from .interpretation import Interpretation, interpret_run, write_results
+from .interpretation import Interpretation, interpret_run, read_results, write_results
 
 
 def cross_validate(
@@ -81,8 +82,8 @@ def _train_folds(
     parent: Run, tables: list[pd.DataFrame], dry_run: bool, reporter: Reporter
 ) -> None:
     """Train the folds that are not trained yet, then pool their predictions."""
-    results = []
     for number, split in enumerate(tables, start=1):
+        wait_for_all()  # until the first process has written what the fold before is
         reporter.say(f"Fold {number} of {len(tables)}")
         fold = parent.fold(number)
         if not fold.started:
@@ -94,10 +95,18 @@ def _train_folds(
             parent.start(replace(fold.config, folds=len(tables)), parent.table)
         if dry_run:
             return
-        results.append(interpret_run(fold))
+        if rank() == 0:
+            interpret_run(fold)
+    _pool(parent, [parent.fold(number) for number in range(1, len(tables) + 1)])
+    parent.finish()
+
+
+@by_first
+def _pool(parent: Run, folds: list[Run]) -> None:
+    """Write the predictions of the folds, which :func:`interpret_run` made, as the parent's."""
+    results = [read_results(fold) for fold in folds]
     pooled = pd.concat([result.predictions for result in results], ignore_index=True)
     leakages = [result.leakage for result in results if result.leakage is not None]
-    leakage = sum(leakages) / len(tables) if len(leakages) == len(tables) else None
+    leakage = sum(leakages) / len(results) if len(leakages) == len(results) else None
     # Each fold has a temperature of its own.
     write_results(parent, Interpretation(pooled, results[0].classes, leakage, temperature=None))
-    parent.finish()

@@ -13,6 +13,8 @@ from fastai.vision.all import (
 from fastai.vision.augment import find_coeffs
 from torchvision.transforms.functional import gaussian_blur
 
+from ..processes import training_share
+
 # Optical densities in red, green and blue of haematoxylin, eosin and DAB, a row for each, by
 # Ruifrok and Johnston (2001); scikit-image has them as rgb_from_hed.
 DYES = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -98,8 +100,10 @@ class FusedAugmentation(DisplayedTransform):
         """Parameters for a batch like ``x``: matrices (n, 3, 3) from places in the result to
         places in the picture, both from -1 to 1; brightness (n,) and contrast (n,), which are
         added to and multiplied with the logit of the colours. All float32, on the CPU."""
-        like = torch.empty(len(x), 1, 1, 1)
-        matrices = torch.eye(3).repeat(len(x), 1, 1)
+        share = training_share()
+        n = len(x) * share.world
+        like = torch.empty(n, 1, 1, 1)
+        matrices = torch.eye(3).repeat(n, 1, 1)
         for function in self.affine_fs:
             if (matrix := function(like)) is not None:
                 matrices = matrices @ matrix
@@ -110,10 +114,9 @@ class FusedAugmentation(DisplayedTransform):
         for function in self.lighting_fs:
             function.before_call(like)
             changes.append(function.change.as_subclass(torch.Tensor))
-        if not changes:
-            return matrices.as_subclass(torch.Tensor), torch.zeros(len(x)), torch.ones(len(x))
-        brightness, contrast = changes
-        return matrices.as_subclass(torch.Tensor), torch.logit(brightness), contrast
+        brightness, contrast = changes or (torch.full((n,), 0.5), torch.ones(n))
+        drawn = (matrices.as_subclass(torch.Tensor), torch.logit(brightness), contrast)
+        return tuple(share.of(values) for values in drawn)
 
 
 class Stain(DisplayedTransform):
@@ -158,7 +161,7 @@ class Sharpness(DisplayedTransform):
 
     def encodes(self, x: TensorImage):
         """Pictures (n, 3, size, size), float32 from 0 to 1."""
-        shares = self.strength * (3 * torch.rand(len(x), 1, 1, 1) - 1)
+        shares = self.strength * (3 * _uniform(len(x), 1, 1, 1) - 1)
         pictures = x.as_subclass(torch.Tensor)
         shares = shares.clamp(max=1).to(x.device)
         return TensorImage(torch.lerp(pictures, blur(pictures), shares).clamp_(0, 1))
@@ -178,9 +181,11 @@ class Noise(DisplayedTransform):
 
     def encodes(self, x: TensorImage):
         """Pictures (n, 3, size, size), float32 from 0 to 1."""
-        deviations = (self.strength * torch.rand(len(x), 1, 1, 1)).to(x.device)
+        deviations = (self.strength * _uniform(len(x), 1, 1, 1)).to(x.device)
         pictures = x.as_subclass(torch.Tensor)
-        noise = torch.randn(pictures.shape, device=x.device)
+        noise = training_share().drawn(
+            len(x), lambda n: torch.randn(n, *pictures.shape[1:], device=x.device)
+        )
         return TensorImage((pictures + noise * deviations).clamp_(0, 1))
 
 
@@ -193,8 +198,12 @@ def blur(pictures: torch.Tensor) -> torch.Tensor:
     return pictures
 
 
-def _symmetric(*shape: int) -> torch.Tensor:
-    return 2 * torch.rand(*shape) - 1
+def _uniform(n: int, *shape: int) -> torch.Tensor:
+    return training_share().drawn(n, lambda n: torch.rand(n, *shape))
+
+
+def _symmetric(n: int, *shape: int) -> torch.Tensor:
+    return 2 * _uniform(n, *shape) - 1
 
 
 def restain(pictures: torch.Tensor, mixed: torch.Tensor, tints: torch.Tensor) -> torch.Tensor:

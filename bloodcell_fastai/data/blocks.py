@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from fastai.vision.all import (
 
 from ..config import DEFAULT_ARCH, Config
 from ..errors import BloodcellError
+from ..processes import training_share
 from .augmentation import augmentation
 from .dataset import Progress, no_progress, open_image
 from .framing import framed
@@ -47,8 +49,9 @@ class BatchDL(TfmdDL):
     """fastai's ``TfmdDL`` that fetches the images of a batch together, as uint8.
 
     fastai walks each image through its pipeline in Python; here a batch is one look into the
-    decoded pixels, or is decoded ahead by threads. It needs no worker processes. Items that are
-    no image table (a single picture for ``learn.predict``) go fastai's way.
+    decoded pixels, or is decoded ahead by threads. It needs no worker processes. Where several
+    processes train together, each gets its part of every batch. Items that are no image table (a
+    single picture for ``learn.predict``) go fastai's way.
 
     Args:
         dataset: fastai ``Datasets`` made of an image table.
@@ -70,8 +73,11 @@ class BatchDL(TfmdDL):
             yield from super().create_batches(samps)
             return
         paths, targets = table.path.to_numpy(), self._targets()
-        chunks = [np.array(chunk) for chunk in self.chunkify(iter(samps))]
-        images = self.pixels.batches(paths[chunk] for chunk in chunks)
+        share = training_share()
+        parts = (share.of(np.array(chunk)) for chunk in self.chunkify(iter(samps)))
+        # Not a list: for show_batch(unique=True) fastai draws the same item without end.
+        chunks, same = tee(part for part in parts if len(part))
+        images = self.pixels.batches(paths[chunk] for chunk in same)
         for chunk, batch in zip(chunks, images, strict=True):
             batch = TensorImage(batch)
             yield (batch,) if targets is None else (batch, TensorCategory(targets[chunk]))

@@ -21,6 +21,7 @@ from ..data.dataset import Progress, list_folder, no_progress
 from ..data.pixels import decode_ahead, stack
 from ..errors import BloodcellError, usage_error
 from ..files import atomic_path
+from ..processes import Share, agree, gather, rank, wait_for_all, world_size
 from ..training.calibration import Calibration, Reference, softmax
 from ..training.callbacks import autocast
 from ..training.learner import TimmModel, classifier_inputs, load_model, load_weights
@@ -363,7 +364,7 @@ class PredictionFile:
         self.path, self.columns = Path(path), list(columns)
         if self.path.suffix not in (".csv", ".jsonl"):
             raise usage_error(f"Cannot write {path}.", "Use a name that ends in .csv or .jsonl.")
-        rows = self._read() if resume and self.path.exists() else []
+        rows = self._read(self.path) if resume and self.path.exists() else []
         self.done = {row["path"] for row in rows}
         with atomic_path(self.path) as temporary, _open(temporary, "w") as file:
             file.write(self._format(rows, header=True))
@@ -373,6 +374,16 @@ class PredictionFile:
         with _open(self.path, "a") as file:
             file.write(self._format(table.to_dict("records")))
 
+    def join(self, parts: Sequence[Path]) -> None:
+        """Add the rows of other files of the kind and remove those files. An image that is in
+        here already is passed over, so that a join that was cut off can be repeated."""
+        for part in parts:
+            rows = self._read(part)
+            with _open(self.path, "a") as file:
+                file.write(self._format([row for row in rows if row["path"] not in self.done]))
+            self.done |= {row["path"] for row in rows}
+            part.unlink()
+
     def _format(self, rows: Sequence[dict], header: bool = False) -> str:
         if self.path.suffix == ".jsonl":
             return "".join(json.dumps(row) + "\n" for row in rows)
@@ -380,17 +391,17 @@ class PredictionFile:
         lines += [[row[name] for name in self.columns] for row in rows]
         return "".join(map(_csv_line, lines))
 
-    def _read(self) -> list[dict]:
-        with _open(self.path, "r") as file:
+    def _read(self, path: Path) -> list[dict]:
+        with _open(path, "r") as file:
             text = file.read()
-        parse = _parse_jsonl if self.path.suffix == ".jsonl" else _parse_csv
+        parse = _parse_jsonl if path.suffix == ".jsonl" else _parse_csv
         try:
             rows = parse(text[: text.rfind("\n") + 1], self.columns)
         except (ValueError, RecursionError, csv.Error):
             rows = None
         if rows is None or any(list(row) != self.columns for row in rows):
             raise BloodcellError(
-                f"{self.path} holds predictions of another kind.",
+                f"{path} holds predictions of another kind.",
                 "Give another --out, or leave out --resume to replace it.",
             )
         return rows
@@ -429,7 +440,7 @@ def predict(
     Args:
         predictor: of a run.
         paths: see :func:`find_images`.
-        out: a ``.csv`` or ``.jsonl`` file.
+        out: a ``.csv`` or ``.jsonl`` file. Several processes that were joined need one.
         resume: go on with ``out``: its images are not predicted again.
         progress: told how far it has come.
 
@@ -437,12 +448,24 @@ def predict(
         BloodcellError: there is no readable image, or ``out`` cannot be written.
     """
     paths = list(dict.fromkeys(paths))  # a pattern may name a folder and what it holds
-    writer = PredictionFile(out, predictor.columns, resume) if out else None
+    if world_size() == 1:
+        writer = PredictionFile(out, predictor.columns, resume) if out else None
+        outcome = _predict(predictor, paths, writer, progress)
+    else:
+        outcome = _predict_together(predictor, paths, out, resume, progress)
+    if not outcome.n_images + outcome.already_done:
+        raise BloodcellError("There is no readable image.", "Give image files or folders.")
+    return outcome
+
+
+def _predict(
+    predictor: Predictor, paths: list[str], writer: PredictionFile | None, progress: Progress
+) -> Outcome:
     left = [path for path in paths if path not in writer.done] if writer else paths
     classes: Counter[str] = Counter()
     flags: Counter[str] = Counter()
     unreadable: list[str] = []
-    tables, seen = [], 0
+    tables, seen = [predictor.table([], *predictor._nothing())], 0
     for batch in predictor.stream(left):
         writer.append(batch.table) if writer else tables.append(batch.table)
         classes.update(batch.table.predicted)
@@ -450,11 +473,57 @@ def predict(
         unreadable += batch.unreadable
         seen += len(batch.table) + len(batch.unreadable)
         progress("Predicting", seen, len(left))
-    if len(unreadable) == len(paths):
-        raise BloodcellError("There is no readable image.", "Give image files or folders.")
-    table = None if writer else pd.concat(tables, ignore_index=True)
+    # The empty table has no types; it is for want of another.
+    table = None if writer else pd.concat(tables[1:] or tables, ignore_index=True)
     n_images = len(left) - len(unreadable)
     return Outcome(n_images, classes, flags, unreadable, table, len(paths) - len(left))
+
+
+def _predict_together(
+    predictor: Predictor, paths: list[str], out: Path | None, resume: bool, progress: Progress
+) -> Outcome:
+    """Predict in all processes, each its part of the images into a file of its own beside
+    ``out``; the first joins them. What a cut-off prediction left, of however many processes, is
+    joined before."""
+    if out is None:
+        raise usage_error("Several processes need a file to write.", "Give --out FILE.csv")
+    columns, share = predictor.columns, Share(rank(), world_size())
+    done = set(agree(lambda: _begin_together(out, columns, resume)))
+    left = [path for path in paths if path not in done]
+    part = PredictionFile(_part_file(out, share), columns)
+    outcomes = gather(_predict(predictor, list(share.of(left)), part, progress))
+    if share.rank == 0:
+        PredictionFile(out, columns, resume=True).join(_part_files(out))
+    wait_for_all()
+    return Outcome(
+        sum(outcome.n_images for outcome in outcomes),
+        sum((Counter(outcome.classes) for outcome in outcomes), Counter()),
+        sum((Counter(outcome.flags) for outcome in outcomes), Counter()),
+        [path for outcome in outcomes for path in outcome.unreadable],
+        None,
+        len(paths) - len(left),
+    )
+
+
+def _begin_together(out: Path, columns: Sequence[str], resume: bool) -> set[str]:
+    """Make or take up ``out``; the paths that are done."""
+    file = PredictionFile(out, columns, resume)
+    if not resume:
+        for path in _part_files(out):
+            path.unlink()
+    file.join(_part_files(out))
+    return file.done
+
+
+def _part_file(out: Path, share: Share) -> Path:
+    return out.with_name(f"{out.stem}.part-{share.rank + 1:04}-of-{share.world:04}{out.suffix}")
+
+
+def _part_files(out: Path) -> list[Path]:
+    """The files of parts that lie beside ``out``, in the order of the ranks."""
+    begin, end = f"{out.stem}.part-", out.suffix
+    names = [path.name for path in out.parent.iterdir()]
+    return [out.with_name(n) for n in sorted(names) if n.startswith(begin) and n.endswith(end)]
 
 
 def _view(images: torch.Tensor, number: int) -> torch.Tensor:

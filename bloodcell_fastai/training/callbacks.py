@@ -30,7 +30,10 @@ from fastai.vision.all import (
 from fastcore.imports import IN_NOTEBOOK
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..processes import rank, summed, training_share
+
 MONITOR = "valid_accuracy"
+EVERY = 50  # batches between looks that a device would have to wait for
 
 
 class CPUBFloat16(Callback):
@@ -134,7 +137,8 @@ class FetchLosses(Callback):
 
 
 class DeviceMetric(AvgMetric):
-    """fastai's ``AvgMetric`` that adds up on the device."""
+    """fastai's ``AvgMetric`` that adds up on the device, over all processes that train together:
+    each of them has to ask for the value."""
 
     def accumulate(self, learn):
         """Add a batch."""
@@ -142,9 +146,14 @@ class DeviceMetric(AvgMetric):
         self.total += learn.to_detach(self.func(learn.pred, *learn.yb), cpu=False) * bs
         self.count += bs
 
+    @property
+    def value(self):
+        """The mean; None before the first batch."""
+        return _mean(self.total, self.count)
+
 
 class DeviceLoss(AvgLoss):
-    """fastai's ``AvgLoss`` that adds up on the device."""
+    """fastai's ``AvgLoss`` as :class:`DeviceMetric`."""
 
     def accumulate(self, learn):
         """Add a batch."""
@@ -152,9 +161,19 @@ class DeviceLoss(AvgLoss):
         self.total += learn.to_detach(learn.loss.mean(), cpu=False) * bs
         self.count += bs
 
+    @property
+    def value(self):
+        """The mean; None before the first batch."""
+        return _mean(self.total, self.count)
+
+
+def _mean(total: torch.Tensor | float, count: int) -> torch.Tensor | None:
+    total, count = summed(total, count)
+    return total / count if count else None
+
 
 class DeviceSmoothLoss(AvgSmoothLoss):
-    """fastai's ``AvgSmoothLoss`` that adds up on the device."""
+    """fastai's ``AvgSmoothLoss`` on the device, of the global batch."""
 
     val: torch.Tensor
 
@@ -162,6 +181,8 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         """Add a batch."""
         self.count += 1
         loss = learn.to_detach(learn.loss.mean(), cpu=False)
+        (total,) = summed(loss)
+        loss = (total / training_share().world).to(loss)  # the parts of a batch are equal
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 
@@ -197,11 +218,9 @@ class StopOnNaN(Callback):
 
     order = Recorder.order + 1
     stopped = False
-    every = 50  # batches, on a device that would have to wait
 
     def after_batch(self):
-        at_once = self.dls.device.type == "cpu"
-        if self.training and (at_once or self.iter % self.every == 0):
+        if self.training and (self.dls.device.type == "cpu" or self.iter % EVERY == 0):
             self._check(self.recorder.smooth_loss.val)
 
     def after_train(self):
@@ -350,11 +369,18 @@ class StopOnSignal(Callback):
             os.write(2, b"\nStopping after this batch; once more stops at once.\n")
 
     def after_batch(self):
-        if self.received and self.training:
-            raise CancelFitException
+        at_once = training_share().world == 1 or self.dls.device.type == "cpu"
+        if self.training and (at_once or self.iter % EVERY == 0):
+            self._stop_together()
 
     def after_epoch(self):
-        if self.received:
+        self._stop_together()
+
+    def _stop_together(self):
+        """Stop if a signal has come to any of the processes that train together."""
+        (received,) = summed(float(self.received or 0))
+        if received:
+            self.received = self.received or signal.SIGTERM
             raise CancelFitException
 
 
@@ -422,5 +448,5 @@ def use_progress(learn: Learner, first_epoch: int = 0, n_epochs: int = 0) -> Non
     if IN_NOTEBOOK:
         return
     learn.remove_cbs(ProgressCallback)
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and rank() == 0:
         learn.add_cb(RichProgress(first_epoch, n_epochs))

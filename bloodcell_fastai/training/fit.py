@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -14,7 +14,8 @@ from fastai.vision.all import Learner, set_seed
 from ..config import Config
 from ..data.blocks import config_dls
 from ..data.dataset import Progress, no_progress
-from ..errors import BloodcellError
+from ..errors import BloodcellError, usage_error
+from ..processes import agree, lost_peers_explained, wait_for_all, world_size
 from .callbacks import (
     Compile,
     EarlyStopping,
@@ -140,8 +141,8 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
     learn.path = run.path
     use_progress(learn, 0, config.epochs)
     if config.lr == 0:
-        config = replace(config, lr=find_lr(learn, run, say))
-        config.save(run.path / "config.json")
+        config = replace(config, lr=agree(lambda: find_lr(learn, run, say)))
+        run.start(config, run.table)
     best = (checkpoint.best, checkpoint.wait) if checkpoint else ()
     saver = SaveBest(lambda score: _keep_best(learn, run, score, say), *best)
     stopper, guard, signals = EarlyStopping(saver, config.patience), StopOnNaN(), StopOnSignal()
@@ -165,7 +166,7 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
             stopper,
             signals,
         ]
-        with learn.no_logging(), signals, _memory_explained(run, config):
+        with learn.no_logging(), signals, _explained(run, config), _shared(learn, config):
             learn.fit_one_cycle(
                 phase.epochs, max_lr(config, phase), cbs=callbacks, start_epoch=start
             )
@@ -182,6 +183,7 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
             )
     if stopper.due:
         say(f"Stopped early: no better epoch for {saver.wait}.")
+    wait_for_all()  # until the first has written it
     run.load_model(learn)
 
 
@@ -191,11 +193,33 @@ def _where(run: Run) -> str:
     return f"epoch {done + 1}; {kept} in {run.path}"
 
 
+def _shared(learn: Learner, config: Config) -> AbstractContextManager:
+    """A block in which the processes that were joined train together.
+
+    Raises:
+        BloodcellError: a batch cannot be parted equally.
+    """
+    world = world_size()
+    if world == 1:
+        return nullcontext()
+    if learn.dls.train.bs % world or len(learn.dls.train_ds) < learn.dls.train.bs:
+        n = min(config.batch_size, len(learn.dls.train_ds)) // world * world
+        raise usage_error(
+            f"{world} processes cannot share batches of {config.batch_size} of "
+            f"{len(learn.dls.train_ds):,} images equally.",
+            f"--batch-size is that of all processes together: use {max(n, world)}.",
+        )
+    from .distributed import shared_fit  # it needs Accelerate
+
+    return shared_fit(learn)
+
+
 @contextmanager
-def _memory_explained(run: Run, config: Config) -> Iterator[None]:
-    """Turn a lack of memory into an error that says what to do."""
+def _explained(run: Run, config: Config) -> Iterator[None]:
+    """Turn a lack of memory, or the loss of another process, into an error that says what to do."""
     try:
-        yield
+        with lost_peers_explained(f"Go on: the same command with --resume --name {run.name}"):
+            yield
     except (RuntimeError, MemoryError) as error:
         # torch has a class for it on a device only; on the CPU it names its allocator.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
@@ -241,7 +265,7 @@ def estimate_seconds(learn: Learner, config: Config) -> float:
     timer = TimeBatches()
     learn.unfreeze()
     use_progress(learn, 0, config.epochs)
-    with learn.no_logging():
+    with learn.no_logging(), _shared(learn, config):
         learn.fit(1, cbs=timer)
     batches = len(learn.dls.train) + len(learn.dls.valid) / 3
     return timer.seconds * batches * config.epochs

@@ -16,6 +16,7 @@ from fastai.vision.all import (
     DataLoaders,
     Learner,
     accuracy,
+    get_model,
     model_meta,
     params,
     vision_learner,
@@ -175,7 +176,7 @@ def _registered(model: nn.Module) -> Iterator[Callable]:
 
 def timm_model(learn: Learner) -> TimmModel:
     """The timm model inside a learner of :func:`blood_learner`."""
-    return learn.model[0].model
+    return get_model(learn.model)[0].model
 
 
 def split_parameters(model: nn.Sequential) -> list[list[nn.Parameter]]:

@@ -29,6 +29,7 @@ from ..files import (
     write_table,
     write_text,
 )
+from ..processes import agree, by_first, rank
 from ..reporter import Reporter
 from .calibration import Calibration, Reference
 from .checkpoints import bad_checkpoint, check_optimizer, read_checkpoint
@@ -43,7 +44,8 @@ HISTORY = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accurac
 class Run:
     """A folder with everything about one training: see the README for its files.
 
-    Every file is written beside and renamed, so that a kill leaves the previous one. Files whose
+    Every file is written beside and renamed, so that a kill leaves the previous one. Of processes
+    that train together the first writes, and what writes does nothing in the others. Files whose
     names begin with a dot hold nothing of the run: its lock, and what is being written.
     """
 
@@ -54,11 +56,16 @@ class Run:
     def create(cls, root: str | Path = "runs", name: str | None = None) -> "Run":
         """Make a new folder under ``root``, named after the time if no name is given.
 
-        A folder that a process left which was killed before its run began is used again.
+        A folder that a process left which was killed before its run began is used again. Of
+        several processes the first makes it for all.
 
         Raises:
             BloodcellError: the name is taken or is not a plain one.
         """
+        return agree(lambda: cls._create(root, name))
+
+    @classmethod
+    def _create(cls, root: str | Path, name: str | None) -> "Run":
         if name is None:
             return cls(_new_folder(Path(root), datetime.now().strftime("%Y%m%d-%H%M%S")))
         if not re.fullmatch(r"[\w][\w.-]{0,99}", name):
@@ -182,11 +189,14 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run against other processes that would train it, and remove what a killed one
-        left unfinished.
+        left unfinished. Of processes that train together the first holds it for all.
 
         Raises:
             BloodcellError: another process trains it; the message names that process.
         """
+        if rank() > 0:
+            yield
+            return
         with ExitStack() as stack:
             try:
                 stack.enter_context(sole_writer(self.path, timeout=0))
@@ -213,11 +223,13 @@ class Run:
         except (OSError, ValueError, LookupError, TypeError):  # it is just beginning or ending
             return "another process"
 
+    @by_first
     def start(self, config: Config, table: pd.DataFrame) -> None:
         """Write what the run is: its images and, last, its options, which make it a run."""
         write_table(self.path / "split.csv", table)
         config.save(self.path / "config.json")
 
+    @by_first
     def append_history(self, row: dict) -> None:
         """Add an epoch to ``history.csv``, in place of any the run had from there on."""
         self.cut_history(row["epoch"] - 1)
@@ -226,6 +238,7 @@ class Run:
         added = pd.DataFrame([row], columns=HISTORY).to_csv(index=False, header=False)
         write_text(path, before + added)
 
+    @by_first
     def cut_history(self, epochs: int) -> None:
         """Drop the epochs after the first ``epochs``: a kill lost them, but not their rows."""
         if len(self.history) > epochs:
@@ -237,6 +250,7 @@ class Run:
         """Write the weights as they are now as the best of the run; see :meth:`save_weights`."""
         self.save_weights(timm_model(learn).state_dict(), learn.dls.vocab)
 
+    @by_first
     def save_weights(self, state: Mapping[str, torch.Tensor], classes: Sequence[str]) -> None:
         """Write tensors in timm's naming as ``model.safetensors``, with the names of its outputs.
 
@@ -287,6 +301,7 @@ class Run:
             )
         return Reference(features, table, calibration.neighbours)
 
+    @by_first
     def save_calibration(self, calibration: Calibration, reference: Reference) -> None:
         """Write ``reference.safetensors``, ``reference.csv`` and ``calibration.json``.
 
@@ -327,6 +342,7 @@ class Run:
         """One of the runs of several folds, counted from 1; it need not be there yet."""
         return Run(self.path / f"fold-{number}")
 
+    @by_first
     def save_last(self, learn: Learner, epochs_done: int, best: float, wait: int) -> None:
         """Write what resuming needs, in one file, so that its parts always belong together."""
         tensors, plain = _pack_optimizer(learn.opt.state_dict())
@@ -338,11 +354,13 @@ class Run:
         """What :meth:`save_last` wrote last, or None if no epoch has finished."""
         return Checkpoint(self._checkpoint) if self._checkpoint.is_file() else None
 
+    @by_first
     def finish(self) -> None:
         """Mark the run as done and drop the checkpoint, which nothing will need."""
         write_json(self.path / "last" / "finished.json", {"epochs": len(self.history)})
         self._checkpoint.unlink(missing_ok=True)
 
+    @by_first
     def remove(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.path)

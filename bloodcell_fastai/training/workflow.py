@@ -12,6 +12,7 @@ from ..data.dataset import open_dataset
 from ..data.provenance import with_photos
 from ..data.splits import kept_split, leakage, split_table
 from ..errors import BloodcellError
+from ..processes import agree, wait_for_all
 from ..reporter import Reporter
 from .calibration import calibrate
 from .fit import estimate_seconds, fit, make_learner, phases, resolve
@@ -114,6 +115,7 @@ def _begin(
             reporter.warn(str(warning.message))
             config = replace(config, warnings=(*config.warnings, str(warning.message)))
     run.start(config, table)
+    wait_for_all()  # the options of a run are read from its folder
     return learn, config
 
 
@@ -148,8 +150,9 @@ def resume(
 def complete(learn: Learner, run: Run, reporter: Reporter) -> None:
     """Train to the end, calibrate the best model, and only then mark the run as finished."""
     fit(learn, run, reporter.say)
-    calibration = calibrate(learn, run)
+    calibration = agree(lambda: calibrate(learn, run))
     run.finish()
+    wait_for_all()  # until it is marked, for those who look
     reporter.say(str(calibration))
     reporter.say(f"Done. Next: bloodcell interpret {run.name}")
 

@@ -1,5 +1,6 @@
 import shutil
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -107,6 +108,15 @@ def test_augmentation_leaves_no_black_corners(table):
 
 def test_show_batch(dls):
     dls.show_batch(max_n=4)
+
+
+def test_one_picture_can_be_shown_in_several_guises(dls):
+    dls.train.show_batch(max_n=4, unique=True)
+    axes = [axis for axis in plt.gcf().axes if axis.images]
+    assert len(axes) == 4
+    assert len({axis.get_title() for axis in axes}) == 1
+    pictures = [np.asarray(axis.images[0].get_array()) for axis in axes]
+    assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_the_order_of_the_classes_can_be_given(table):
