@@ -182,9 +182,8 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         self.count += 1
         loss = learn.to_detach(learn.loss.mean(), cpu=False)
         (total,) = summed(loss)
-        loss = torch.as_tensor(total / training_share().world).to(
-            loss
-        )  # the parts of a batch are equal
+        mean = total / training_share().world  # the parts of a batch are equal
+        loss = torch.as_tensor(mean).to(loss)
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 
