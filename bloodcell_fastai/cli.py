@@ -545,9 +545,10 @@ def _unexpected(error: Exception) -> BloodcellError:
 
 def _show_error(error: BloodcellError) -> int:
     if "RANK" in os.environ:  # of several processes
-        from .processes import let_the_first_speak
+        from .processes import speaks
 
-        let_the_first_speak()
+        if not speaks(error):
+            return error.exit_code
     message, hint = (text.replace("\n", "\\n") for text in (error.message, error.hint))
     errors.print(Text(printable(f"Error: {message}"), style="bold red"))
     if hint:

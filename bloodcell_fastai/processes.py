@@ -33,7 +33,8 @@ T = TypeVar("T")
 Items = TypeVar("Items", bound=Sliceable)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what a launcher tells every process it starts
 PATIENCE = timedelta(hours=2)  # with a process that lives: the first one may calibrate long
-FIRST_SPEAKS = 3.0  # seconds: a launcher ends the others well within them when the first one fails
+STOPPED = 128  # exit codes from here on say that a signal ended the process
+FIRST_SPEAKS = 10.0  # seconds, within which a launcher ends the others when the first one fails
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,12 @@ def lost_peers_explained(hint: str) -> Iterator[None]:
         raise BloodcellError("Another process of this job has ended or hangs.", hint) from error
 
 
-def let_the_first_speak() -> None:
-    """Wait before an error is shown: where all processes meet the same one, once is enough."""
+def speaks(error: BloodcellError) -> bool:
+    """Whether this process should show an error; waits where another may show the same one."""
     if launched().rank > 0:
         time.sleep(FIRST_SPEAKS)
+        return error.exit_code < STOPPED  # all were told to stop
+    return True
 
 
 def _joined() -> bool:

@@ -99,6 +99,7 @@ def _train_folds(
             interpret_run(fold)
     _pool(parent, [parent.fold(number) for number in range(1, len(tables) + 1)])
     parent.finish()
+    wait_for_all()
 
 
 @by_first

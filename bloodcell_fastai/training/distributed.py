@@ -9,8 +9,7 @@ from fastai.distributed import DistributedTrainer
 from fastai.vision.all import Learner
 from timm.layers import convert_sync_batchnorm
 from timm.layers.norm_act import BatchNormAct2d
-from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..processes import sharing_batches, world_size
@@ -94,9 +93,9 @@ class _GlobalNorm:
         axes = [axis for axis in range(x.ndim) if axis != 1]
         values = x.to(torch.promote_types(x.dtype, norm.weight.dtype))
         shape = [1, -1] + [1] * (x.ndim - 2)
-        mean = all_reduce(values.mean(axes)) / world_size()  # the parts of a batch are equal
+        mean = _Mean.apply(values.mean(axes))  # the parts of a batch are equal
         centred = values - mean.view(shape)
-        variance = all_reduce(centred.square().mean(axes)) / world_size()
+        variance = _Mean.apply(centred.square().mean(axes))
         self._remember(mean.detach(), variance.detach(), values.numel() // len(mean))
         scale = norm.weight * (variance + norm.eps).rsqrt()
         y = (centred * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
@@ -110,3 +109,15 @@ class _GlobalNorm:
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * n / max(n - 1, 1), norm.momentum)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean of a tensor over all processes, the gradient with it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total / world_size()
+
+    backward = forward

@@ -406,8 +406,8 @@ def all_runs(root: str | Path = "runs") -> list[Run]:
 def open_model(
     path: str | Path | None = None, root: str | Path = "runs", reporter: Reporter | None = None
 ) -> Run:
-    """The run to predict with: as :meth:`Run.open`, and where nothing is named and nothing was
-    trained, the model that comes with the package.
+    """The run to predict with: as :meth:`Run.open`, and where nothing is named the newest run that
+    has a model, or without any the model that comes with the package.
 
     Args:
         path: folder or name of a run, or ``pbc`` for the model that comes with the package.
@@ -417,8 +417,9 @@ def open_model(
     Raises:
         BloodcellError: there is no run of that name, or the installation lacks the model.
     """
-    if path is None and not all_runs(root):
-        path = ready_path(DEFAULT_READY)
+    if path is None:
+        trained = [run.path for run in all_runs(root) if run.has_model or run.finished]
+        path = trained[-1] if trained else ready_path(DEFAULT_READY)
     run = Run.open(path, root)
     if ready_source(run.path):
         (reporter or Reporter()).warn(introduce(run.name, run.config))

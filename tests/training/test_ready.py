@@ -1,3 +1,4 @@
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -105,9 +106,13 @@ def test_which_model_predicts(shipped, trained, tmp_path, capsys):
     for words in ("COMES WITH THE PACKAGE: pbc", "Acevedo", "one laboratory", "no medical device"):
         assert words in told
     assert all(name in told for name in trained.config.classes)
-    root = trained.path.parent
+    root = tmp_path / "runs"
+    trained = Run(shutil.copytree(trained.path, root / "trained"))
     assert open_model(None, root).path == trained.path
     assert open_model("trained", root).path == trained.path
+    begun = Run.create(root, "begun")
+    begun.start(trained.config, trained.table)  # and was stopped in its first epoch
+    assert open_model(None, root).path == trained.path
     assert capsys.readouterr().err == ""
     assert open_model("pbc", root).path == shipped
     assert "COMES WITH THE PACKAGE" in capsys.readouterr().err
