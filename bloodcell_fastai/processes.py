@@ -13,14 +13,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import distributed
 
 from .errors import BloodcellError, usage_error
 
+
+class Sliceable(Protocol):
+    """A sequence, an array or a tensor."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
 T = TypeVar("T")
+Items = TypeVar("Items", bound=Sliceable)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what a launcher tells every process it starts
 PATIENCE = timedelta(hours=2)  # with a process that lives: the first one may calibrate long
 STOPPED = 128  # exit codes from here on say that a signal ended the process
@@ -39,7 +49,7 @@ class Share:
     rank: int = 0
     world: int = 1
 
-    def of(self, items: Sequence[T]) -> Sequence[T]:
+    def of(self, items: Items) -> Items:
         """This process's part of ``items``, a sequence or a tensor; the parts follow one another
         in the order of the ranks and differ by one at most in length."""
         start, stop = (len(items) * r // self.world for r in (self.rank, self.rank + 1))
@@ -133,7 +143,7 @@ def agree(decide: Callable[[], T]) -> T:
     """What ``decide`` returns in the first process, in all of them."""
     if world_size() == 1:
         return decide()
-    decided = [decide() if rank() == 0 else None]
+    decided: list[Any] = [decide() if rank() == 0 else None]
     distributed.broadcast_object_list(decided)
     return decided[0]
 
@@ -142,7 +152,7 @@ def gather(value: T) -> list[T]:
     """The values of all processes, in the order of their ranks."""
     if world_size() == 1:
         return [value]
-    values = [None] * world_size()
+    values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values
 

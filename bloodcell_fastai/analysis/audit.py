@@ -144,8 +144,9 @@ def audit(
         True
     """
     known = None if rebuild else known_photos(dataset.table.path)
-    rebuilt = known is None or len(known) < len(dataset.table)
-    if rebuilt:
+    rebuilt = False
+    if known is None or len(known) < len(dataset.table):
+        rebuilt = True
         known = find_photos(
             dataset.table.path,
             dataset.originals,

@@ -123,7 +123,7 @@ def _pool(parent: Run, folds: list[Run]) -> None:
     """Write the predictions of the folds, which :func:`interpret_run` made, as the parent's."""
     results = [read_results(fold) for fold in folds]
     pooled = pd.concat([result.predictions for result in results], ignore_index=True)
-    leakages = [result.leakage for result in results]
-    leakage = None if None in leakages else sum(leakages) / len(results)
+    leakages = [result.leakage for result in results if result.leakage is not None]
+    leakage = sum(leakages) / len(results) if len(leakages) == len(results) else None
     # Each fold has a temperature of its own.
     write_results(parent, Interpretation(pooled, results[0].classes, leakage, temperature=None))

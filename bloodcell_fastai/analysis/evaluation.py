@@ -305,7 +305,7 @@ def bootstrap_ci(correct: np.ndarray, photos: pd.Series, seed: int = 0) -> list[
     totals = pd.DataFrame({"right": correct, "photo": photos.to_numpy()}).groupby("photo").right
     right, count = totals.sum().to_numpy(), totals.count().to_numpy()
     drawn = resample_photos(len(right), seed)
-    return _interval((drawn @ right) / (drawn @ count))
+    return _middle((drawn @ right) / (drawn @ count))
 
 
 def auroc_ci(
@@ -339,7 +339,11 @@ def resample_photos(n_photos: int, seed: int = 0) -> np.ndarray:
 def _interval(values: np.ndarray) -> list[float] | None:
     """The middle 95 % of resampled values without the NaN among them; None if all are."""
     defined = values[~np.isnan(values)]
-    return [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
+    return _middle(defined) if len(defined) else None
+
+
+def _middle(values: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
 
 
 def uncalibrated_error(evaluation: Evaluation) -> float | None:

@@ -88,7 +88,7 @@ def network_heat_maps(
         device=next(network.parameters()).device,
     )
     tap = nn.Identity()
-    maps = []
+    maps: list[torch.Tensor] = []
     with _evaluating(network), _tapped(network, tap):
         for (batch,) in images.valid:
             chosen = None
@@ -123,8 +123,9 @@ def overlay(image: Image.Image, heat: np.ndarray, crop: str = "cell") -> Image.I
     picture = np.asarray(image.convert("RGB"), np.float32)
     left, top, right, bottom = crop_box(image.convert("RGB"), crop)
     part = Image.fromarray(np.asarray(heat, np.float32))
+    part = part.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
     values = np.zeros(picture.shape[:2], np.float32)
-    values[top:bottom, left:right] = part.resize((right - left, bottom - top), Image.BILINEAR)
+    values[top:bottom, left:right] = np.asarray(part)
     opacity = STRENGTH * values[..., None]
     blended = (1 - opacity) * picture + opacity * 255 * colormaps[COLOURS](values)[..., :3]
     return Image.fromarray(blended.round().astype(np.uint8))
@@ -147,7 +148,7 @@ def _grad_cam(
 @contextmanager
 def _tapped(network: nn.Sequential, tap: nn.Module) -> Iterator[None]:
     """Lead the features that are explained through ``tap``, as a map (n, c, h, w)."""
-    model = network[0].model
+    model = network.get_submodule("0.model")
     lead = partial(_lead_through, tap, model)
     if getattr(model, "global_pool", "") == "token":
         # The body's other outputs are dropped: no gradient would reach them.
@@ -180,10 +181,10 @@ def _lead_through(tap: nn.Module, model: nn.Module, features: torch.Tensor) -> t
 
 
 def _last_block(model: nn.Module) -> nn.Module:
-    try:
-        return model.blocks[-1]
-    except (AttributeError, TypeError):
-        raise _no_map(model) from None
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        raise _no_map(model)
+    return blocks[-1]
 
 
 def _no_map(model: nn.Module) -> BloodcellError:

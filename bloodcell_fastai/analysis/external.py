@@ -157,7 +157,7 @@ def unlike_training(external: External, distance: np.ndarray, threshold: float) 
     """
     unknown, photos = ~external.known, external.table.photo
     flagged = distance > threshold
-    result = {"n_unknown": int(unknown.sum())}
+    result: dict = {"n_unknown": int(unknown.sum())}
     for name, rows in {"flagged_known": ~unknown, "flagged_unknown": unknown}.items():
         result |= {name: None, f"{name}_ci95": None}
         if rows.any():

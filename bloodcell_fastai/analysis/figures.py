@@ -6,6 +6,7 @@ Colours are those of Okabe and Ito (2008), which people with colour-blindness ca
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,8 @@ from ..training.calibration import CALIBRATION_BINS, reliability
 from .evaluation import Evaluation, coverage, uncalibrated
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-STYLE = {
+# Of matplotlib's types for these keys each version has its own.
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -154,11 +156,12 @@ def plot_reliability(evaluation: Evaluation) -> Figure:
         figure = Figure(figsize=(4.4, 4.4))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="as sure as right")
-        if calibrated := evaluation.temperature not in (None, 1):
+        label = "this model"
+        if before is not None and evaluation.temperature != 1:
+            label = "calibrated"
             raw = reliability(before.max(axis=1), correct)
             upper.plot(raw.confidence, raw.accuracy, "o-", ms=4, lw=1, color=ORANGE, alpha=0.6)
             upper.lines[-1].set_label("before calibration")
-        label = "calibrated" if calibrated else "this model"
         upper.plot(bins.confidence, bins.accuracy, "o-", ms=5, color=BLUE, label=label)
         upper.set(ylabel="Accuracy", xlim=(0, 1), ylim=(-0.02, 1.02))
         upper.legend(loc="upper left")
@@ -269,7 +272,7 @@ def _draw_pair(axis, train: str, valid: str, matches: int) -> None:
     right = right.resize((round(right.width * scale), left.height))
     gap = left.width // 20
     canvas = np.full((left.height, left.width + gap + right.width, 3), 255, np.uint8)
-    canvas[:, : left.width], canvas[:, left.width + gap :] = left, right
+    canvas[:, : left.width], canvas[:, left.width + gap :] = np.asarray(left), np.asarray(right)
     axis.imshow(canvas)
     points, others = match_pair(Path(train), Path(valid))
     shown = np.linspace(0, len(points) - 1, min(matches, len(points))).astype(int)

@@ -172,7 +172,9 @@ def interpret_run(
     use_progress(learn)
     calibration = run.calibration or calibrate(learn, run)  # older runs have none
     result = _interpretation(evaluate(learn, calibration.temperature))
-    result.predictions = with_nearest(result, run.reference)
+    reference = run.reference
+    assert reference is not None  # it comes with the calibration
+    result.predictions = with_nearest(result, reference)
     if stress:
         images = stress_images(run.table, seed=run.config.seed)
         write_stress(run, stress_test(learn, images, progress))
@@ -219,8 +221,10 @@ def interpret_external(
     learn = _bare_learner(run, external.table.path)
     logits, features, _ = predict_with_features(learn, learn.dls.valid)
     shares = softmax(logits, calibration.temperature)
-    distance, rows = run.reference.nearest(features)
-    nearest = run.reference.table.path.to_numpy()[rows]
+    reference = run.reference
+    assert reference is not None  # it comes with the calibration
+    distance, rows = reference.nearest(features)
+    nearest = reference.table.path.to_numpy()[rows]
     everything = prediction_table(external.table, shares, config.classes)
     everything = everything.assign(distance=distance, nearest=nearest)
 
@@ -255,6 +259,7 @@ def _bare_learner(run: Run, paths: pd.Series) -> Learner:
 def with_nearest(evaluation: Evaluation, reference: Reference) -> pd.DataFrame:
     """The predictions with the ``distance`` of each image from the training images, and the
     path of the ``nearest`` one."""
+    assert evaluation.features is not None  # evaluate keeps them
     distances, rows = reference.nearest(evaluation.features)
     nearest = reference.table.path.to_numpy()[rows]
     return evaluation.predictions.assign(distance=distances, nearest=nearest)

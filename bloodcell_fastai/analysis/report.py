@@ -340,8 +340,8 @@ def _bars(row: dict, classes: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def _relative(path: str, root: Path) -> str:
-    path = Path(path)
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+    file = Path(path)
+    return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
 
 
 def picture(path: str, heat: np.ndarray | None = None, crop: str = "cell") -> str | None:

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from ..data.augmentation import DYES, restain
 from ..data.framing import DARK, find_nucleus
-from ..data.pixels import Pixels
+from ..data.pixels import Change, Pixels
 from ..errors import BloodcellError
 from ..files import read_table, write_table
 from ..reporter import Progress, no_progress
@@ -118,19 +118,20 @@ def stress_test(
         >>> len(table), list(table.kind.unique())[:3]
         (41, ['clean', 'stain', 'brightness'])
     """
-    tasks = [(CLEAN, 0, 0.0, "", None)]
+    tasks: list[tuple[str, int, float, str, Change | None]] = [(CLEAN, 0, 0.0, "", None)]
     for corruption in CORRUPTIONS:
         for strength, setting in enumerate(corruption.settings, start=1):
-            change = partial(corruption, setting=setting)
-            tasks.append((corruption.kind, strength, setting, corruption.unit, change))
-    rows = []
+            corrupt = partial(corruption, setting=setting)
+            tasks.append((corruption.kind, strength, setting, corruption.unit, corrupt))
+    rows: list[tuple] = []
     bars = [bar for bar in learn.cbs if isinstance(bar, RichProgress | ProgressCallback)]
     with learn.removed_cbs(bars):  # which would show a bar of their own for every corruption
-        for *about, change in tasks:
+        for kind, strength, setting, unit, change in tasks:
             progress("Stress test", len(rows), len(tasks))
             correct = _predict(learn, images, change) == images.label.to_numpy()
             score = float(correct.mean()), *bootstrap_ci(correct, images.photo)
-            rows.append((*about, len(images), images.photo.nunique(), *score))
+            counts = len(images), images.photo.nunique()
+            rows.append((kind, strength, setting, unit, *counts, *score))
     progress("Stress test", len(tasks), len(tasks))
     columns = ["kind", "strength", "setting", "unit", *NUMBERS[2:], *SHARES[:3]]
     table = pd.DataFrame(rows, columns=columns)

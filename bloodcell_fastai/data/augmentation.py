@@ -122,8 +122,8 @@ class FusedAugmentation(DisplayedTransform):
             function.before_call(like)
             changes.append(function.change.as_subclass(torch.Tensor))
         brightness, contrast = changes or (torch.full((n,), 0.5), torch.ones(n))
-        drawn = (matrices.as_subclass(torch.Tensor), torch.logit(brightness), contrast)
-        return tuple(share.of(values) for values in drawn)
+        matrices = matrices.as_subclass(torch.Tensor)
+        return share.of(matrices), share.of(torch.logit(brightness)), share.of(contrast)
 
 
 class Stain(DisplayedTransform):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from itertools import tee
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -164,7 +165,7 @@ def blood_dls(
 
 
 def image_dls(
-    paths: Sequence[str],
+    paths: Sequence[str | Path],
     arch: str = DEFAULT_ARCH,
     size: int = 256,
     bs: int | None = None,

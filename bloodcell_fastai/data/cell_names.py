@@ -98,7 +98,7 @@ def _counterpart(name: str, classes: Sequence[str]) -> str | None:
 
 def _kinds(name: str) -> Iterator[str]:
     """The cell a name means, and the ever broader kinds it is part of."""
-    kind = _cell(name)
+    kind: str | None = _cell(name)
     while kind:
         yield kind
         kind = PART_OF.get(kind)

@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 # What Pillow may take a file for, whatever its suffix says. Of the others some are rare and some
 # dangerous: it hands EPS to Ghostscript, which runs what the file contains.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, above which Pillow suspects a bomb
+MAX_PIXELS = 89_478_485  # above which Pillow suspects a bomb
 SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir"}
 SUBSET_NAMES = {"train", "training", "valid", "val", "validation", "test", "testing", "test_simple"}
 MAX_UNREADABLE_SHARE = 0.05
@@ -194,7 +194,7 @@ def download_kaggle() -> Path:
         raise BloodcellError(f"Kaggle refused the download ({error}).", hint) from error
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | os.PathLike) -> Image.Image:
     """Read an image as a viewer shows it.
 
     It is turned by its EXIF tag, in three colours, on white where it is transparent; 16 bits of
@@ -248,7 +248,7 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     """A file that Pillow knows and that is safe to decode; everything else is an OSError."""
     if not os.path.isfile(path):  # noqa: PTH113 a pipe would wait for ever; False for any name
         raise OSError(f"{path}: no such file" if not os.path.lexists(path) else f"{path}: no file")

@@ -157,7 +157,7 @@ class Pixels:
             yield self._gather(chunk)
 
     def _gather(self, paths: Sequence[str]) -> torch.Tensor:
-        if any(path not in self.rows for path in paths):  # an image that came later
+        if self._cached is None or any(path not in self.rows for path in paths):  # it came later
             return stack(paths, [_try_decode(path, self.size, self.crop) for path in paths])
         rows = np.array([self.rows[path] for path in paths])
         if self._on_device is not None:
@@ -173,13 +173,15 @@ def stack(paths: Sequence[str], images: Sequence[np.ndarray | OSError]) -> torch
     Raises:
         BloodcellError: one of them could not be read.
     """
+    decoded = []
     for path, image in zip(paths, images, strict=True):
         if isinstance(image, OSError):
             raise BloodcellError(
                 f"{path} cannot be read: {str(image).removeprefix(f'{path}: ')}.",
                 "Put the image back or take it out of the data set, then go on with --resume.",
             )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        decoded.append(image)
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
 
 
 def cache_root() -> Path:

@@ -189,7 +189,7 @@ def find_photos(
     return pd.DataFrame({"path": list(paths)} | answer)[COLUMNS]
 
 
-def known_photos(paths: Sequence[Path], table: Path = KAGGLE_TABLE) -> pd.DataFrame:
+def known_photos(paths: Sequence[str | Path], table: Path = KAGGLE_TABLE) -> pd.DataFrame:
     """Look images up in a finished table, by the hash of their bytes, whatever their names.
 
     Returns the rows of :func:`find_photos` for those paths that the table knows, perhaps none.
@@ -399,12 +399,12 @@ def _link(images: list[_Features], count: int, engine: "_Engine") -> list[_Link]
     for turn in range(1, _ROUNDS + 1):
         stage = f"comparing images, round {turn}"
         found = index.candidates(words, count, f"searching, round {turn}", groups)
-        tasks = {
+        wanted = {
             (min(a, b), max(a, b), mirrored)
             for a, candidates in enumerate(found)
             for b, mirrored in candidates
         }
-        tasks = sorted(tasks - links.keys())
+        tasks = sorted(wanted - links.keys())
         compare = partial(_compare, images=images)
         links |= zip(tasks, engine.map(compare, tasks, stage), strict=True)
         before, groups = groups, _group(len(images), list(links.values()))
@@ -518,7 +518,7 @@ def _detect(image: np.ndarray) -> _Features:
     shown = _without_corners(image)
     green = image[:, :, 1]
     # Half of the usual contrast threshold: out-of-focus smears have few sharp features.
-    sift = cv2.SIFT_create(nfeatures=_FEATURES, contrastThreshold=0.02)
+    sift = cv2.SIFT.create(nfeatures=_FEATURES, contrastThreshold=0.02)
     inner = cv2.erode(shown, np.ones((_RIM, _RIM), np.uint8))
     keypoints, descriptors = sift.detectAndCompute(green, inner)
     if not keypoints:
@@ -585,8 +585,8 @@ def _fit(a: _Features, b: _Features) -> _Fit:
     )
     if affine is None or not _plausible(affine[:, :2]):
         return nothing
-    good = good.ravel() > 0
-    points_a, points_b = points_a[good], points_b[good]
+    kept = good.ravel() > 0
+    points_a, points_b = points_a[kept], points_b[kept]
     # SIFT gives one place several keypoints where its direction is unclear: they count once.
     inliers = min(len(np.unique(np.floor(points), axis=0)) for points in (points_a, points_b))
     if inliers < _MIN_INLIERS:
@@ -801,7 +801,7 @@ class _Collection:
         return {name: values[content] for name, values in columns.items()}
 
 
-def digest(path: Path) -> str:
+def digest(path: str | Path) -> str:
     """Hash of a file's bytes, 16 hexadecimal digits; empty if the file cannot be read."""
     if not os.path.isfile(path):  # noqa: PTH113 a pipe would wait for ever; False for any name
         return ""

@@ -252,7 +252,7 @@ def _draw_white_cell(stains: np.ndarray, rng: np.random.Generator, label: str, c
     texture = 1 + look.clumps * (0.6 * smooth + 0.7 * fine)
     membrane = np.exp(-((((edge - 0.97) * cell.radius) / 2) ** 2))
 
-    layers = stains[(slice(None), *window)]
+    layers = stains[:, window[0], window[1]]
     layers *= 1 - body
     solid = body * (1 - 0.8 * holes)
     layers[_CHROMATIN] += solid * look.chromatin * nucleus * texture
@@ -643,7 +643,7 @@ def _write_photo(root: Path, photo: _Photo, seed: int) -> list[tuple]:
 def _write_jpeg(path: Path, image: np.ndarray) -> None:
     """Write an RGB image, uint8 (height, width, 3), at the quality Pillow used for Kaggle's."""
     _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 75])
-    path.write_bytes(data)
+    path.write_bytes(data.tobytes())
 
 
 def _write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:

@@ -161,7 +161,8 @@ class Service:
         network = nn.Sequential(TimmBody(model), TimmHead(model))
         try:
             with self._lock:
-                return network_heat_maps(network, config.arch, config.size, config.crop, paths)
+                maps = network_heat_maps(network, config.arch, config.size, config.crop, paths)
+                return list(maps)
         except BloodcellError:  # it keeps no features with a place in the image
             return [None] * len(paths)
 
@@ -264,7 +265,7 @@ def create_api(service: Service) -> FastAPI:
     ) -> Answer:
         """Tell the class of images. Files are gone from the server when the answer is there."""
         names = [file.filename or "" for file in files]
-        if problem := _refuse(names, [file.size for file in files]):
+        if problem := _refuse(names, [file.size or 0 for file in files]):
             raise HTTPException(413, problem)
         with TemporaryDirectory(prefix="bloodcell-") as folder:
             paths = [_store(file, Path(folder, str(number))) for number, file in enumerate(files)]
@@ -358,22 +359,21 @@ def describe_model(run: Run, predictor: Predictor) -> ModelCard:
     except BloodcellError:  # not interpreted yet
         metrics = None
     n_photos = int(train.photo.nunique()) if photos_known(table) else None
-    card = {
-        "run": run.name,
-        "arch": config.arch,
-        "start": config.start,
-        "size": config.size,
-        "classes": config.classes,
-        "n_train_images": len(train),
-        "n_train_photos": n_photos,
-        "calibrated": predictor.calibration is not None,
-        "min_confidence": predictor.min_confidence,
-        "scores": metrics and Scores(**{name: metrics[name] for name in Scores.model_fields}),
-        "leakage": describe_leakage(metrics["leakage"] if metrics else leakage(table)),
-        "warnings": all_warnings(config),
-        "limits": _limits(predictor),
-    }
-    return ModelCard(**card)
+    return ModelCard(
+        run=run.name,
+        arch=config.arch,
+        start=config.start,
+        size=config.size,
+        classes=list(config.classes),
+        n_train_images=len(train),
+        n_train_photos=n_photos,
+        calibrated=predictor.calibration is not None,
+        min_confidence=predictor.min_confidence,
+        scores=Scores(**{name: metrics[name] for name in Scores.model_fields}) if metrics else None,
+        leakage=describe_leakage(metrics["leakage"] if metrics else leakage(table)),
+        warnings=list(all_warnings(config)),
+        limits=_limits(predictor),
+    )
 
 
 def _limits(predictor: Predictor) -> list[str]:

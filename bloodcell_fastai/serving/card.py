@@ -1,6 +1,7 @@
 """The model card of an export: a README with the metadata the Hugging Face Hub reads."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -72,7 +73,7 @@ def _metadata(
     """The YAML block. It names no licence but that of a model which comes with the package: for
     others that is for whoever publishes the weights to say."""
     first = _first_weights(config)
-    scores = {}
+    scores: dict[str, Any] = {}
     if metrics:
         scores = {
             "model_name": name,
@@ -124,7 +125,8 @@ def _dataset_name(config: Config) -> str:
 
 
 def _interval(metrics: dict, key: str) -> tuple[str, str, str]:
-    return tuple(f"{value:.2%}" for value in (metrics[key], *metrics[f"{key}_ci95"]))
+    low, high = metrics[f"{key}_ci95"]
+    return f"{metrics[key]:.2%}", f"{low:.2%}", f"{high:.2%}"
 
 
 def _figure(value: float | None) -> str:

@@ -27,7 +27,7 @@ from ..errors import BloodcellError, usage_error
 from ..files import atomic_path, write_text
 from ..reporter import Reporter
 from ..training.callbacks import precision_callback
-from ..training.learner import create_sized, load_weights, timm_model
+from ..training.learner import TimmModel, create_sized, load_weights, timm_model
 from ..training.packing import half_precision, pack
 from ..training.runs import Run
 from .card import model_card
@@ -228,6 +228,9 @@ class PixelsToProbabilities(nn.Module):
         temperature: divides the logits (Guo et al. 2017).
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -254,7 +257,7 @@ class PixelsToProbabilities(nn.Module):
         return (self.model(inputs) / self.temperature).softmax(dim=1)
 
 
-def data_config(model: nn.Module, config: Config) -> dict:
+def data_config(model: TimmModel, config: Config) -> dict:
     """timm's ``pretrained_cfg`` for a run's model: how to prepare pictures, what to adapt.
 
     What describes the first weights and not these (address, tag, licence, test size) is left out.
@@ -282,7 +285,7 @@ _OF_THE_FIRST_WEIGHTS = {
 }
 
 
-def divide_by_temperature(model: nn.Module, temperature: float, arch: str) -> None:
+def divide_by_temperature(model: TimmModel, temperature: float, arch: str) -> None:
     """Make ``model`` give its logits divided by ``temperature``, through its last layer.
 
     Raises:
@@ -343,6 +346,7 @@ def _write_graph(run: Run, path: Path) -> None:
         raise BloodcellError(
             f"torch cannot turn {config.arch} into ONNX: {reason}", "Use --format timm."
         ) from error
+    assert program is not None  # as dynamo makes it
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, which name folders of this machine
     program.model.metadata_props.update(_graph_metadata(run))
@@ -457,7 +461,7 @@ def _refuse(difference: float, limit: float, where: str, paths: list[str]) -> No
         )
 
 
-def _load(run: Run, **kwargs) -> tuple[nn.Module, dict[str, int]]:
+def _load(run: Run, **kwargs) -> tuple[TimmModel, dict[str, int]]:
     """The run's model as timm makes it, on the CPU, and what timm was told of the size."""
     config = run.config
     model, size_arguments = create_sized(config.arch, len(config.classes), config.size, **kwargs)

@@ -24,7 +24,7 @@ from ..files import atomic_path
 from ..processes import Share, agree, gather, rank, wait_for_all, world_size
 from ..training.calibration import Calibration, Reference, softmax
 from ..training.callbacks import autocast
-from ..training.learner import classifier_inputs, load_model, load_weights
+from ..training.learner import TimmModel, classifier_inputs, load_model, load_weights
 from ..training.runs import Run
 
 UNCERTAIN, UNLIKE = "uncertain", "unlike training"
@@ -71,7 +71,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: TimmModel,
         config: Config,
         calibration: Calibration | None = None,
         reference: Reference | None = None,
@@ -80,9 +80,11 @@ class Predictor:
         device: torch.device | str = "cpu",
     ):
         self.device = torch.device(device)
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()
         self.config, self.calibration, self.reference = config, calibration, reference
-        self.distance_threshold = None if reference is None else calibration.distance_threshold
+        self.distance_threshold: float | None = None
+        if calibration is not None and reference is not None:
+            self.distance_threshold = calibration.distance_threshold
         self.tta, self.min_confidence = tta, min_confidence
         self.batch_size = prediction_batch_size(self.device, config.size)
         stats = normalization(config.arch)
@@ -195,6 +197,7 @@ class Predictor:
     def nearest(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How far images are from the training images, float (n,) from 0 to 2, and the path of
         the nearest one of each. Only with a reference."""
+        assert self.reference is not None
         distances, rows = self.reference.nearest(features)
         return distances, self.reference.table.path.to_numpy()[rows]
 
@@ -273,10 +276,13 @@ class Ensemble(Predictor):
     """
 
     def __init__(self, members: Sequence[Predictor]):
-        first, thresholds = members[0], [member.distance_threshold for member in members]
+        first, limits = members[0], [member.distance_threshold for member in members]
+        thresholds = [limit for limit in limits if limit is not None]
         self.members, self.config = list(members), first.config
         self.min_confidence, self.batch_size = first.min_confidence, first.batch_size
-        self.distance_threshold = None if None in thresholds else float(np.mean(thresholds))
+        self.distance_threshold = None
+        if len(thresholds) == len(members):
+            self.distance_threshold = float(np.mean(thresholds))
 
     def probabilities(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """As of a single model; the features of the models stand beside one another."""
@@ -464,8 +470,10 @@ def _predict(
     predictor: Predictor, paths: list[str], writer: PredictionFile | None, progress: Progress
 ) -> Outcome:
     left = [path for path in paths if path not in writer.done] if writer else paths
-    classes, flags, unreadable, seen = Counter(), Counter(), [], 0
-    tables = [predictor.table([], *predictor._nothing())]
+    classes: Counter[str] = Counter()
+    flags: Counter[str] = Counter()
+    unreadable: list[str] = []
+    tables, seen = [predictor.table([], *predictor._nothing())], 0
     for batch in predictor.stream(left):
         writer.append(batch.table) if writer else tables.append(batch.table)
         classes.update(batch.table.predicted)
@@ -531,12 +539,15 @@ def _view(images: torch.Tensor, number: int) -> torch.Tensor:
     return (images.flip(-1) if number >= 4 else images).rot90(number % 4, (-2, -1))
 
 
-def _csv_line(values: Sequence, quoting: int = csv.QUOTE_MINIMAL) -> str:
+def _csv_line(values: Sequence, quote_all: bool = False) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(values)
+    writer = csv.writer(
+        buffer, lineterminator="\n", quoting=csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
+    )
+    writer.writerow(values)
     line = buffer.getvalue()
-    if "\r" in line and quoting == csv.QUOTE_MINIMAL:  # in a name; unquoted it ends the row
-        return _csv_line(values, csv.QUOTE_ALL)
+    if "\r" in line and not quote_all:  # in a name; unquoted it ends the row
+        return _csv_line(values, quote_all=True)
     return line
 
 
@@ -549,7 +560,7 @@ def _parse_jsonl(text: str, columns: list[str]) -> list[dict]:
 
 def _parse_csv(text: str, columns: list[str]) -> list[dict]:
     """The rows, without a last one that was cut off at a line break inside quotes."""
-    lines = []
+    lines: list[list[str]] = []
     try:
         lines.extend(csv.reader(io.StringIO(text), strict=True))
     except csv.Error as error:

@@ -167,9 +167,9 @@ class DeviceLoss(AvgLoss):
         return _mean(self.total, self.count)
 
 
-def _mean(total: torch.Tensor | float, count: int) -> torch.Tensor | None:
-    total, count = summed(total, count)
-    return total / count if count else None
+def _mean(total: torch.Tensor | float, count: int) -> torch.Tensor | float | None:
+    of_all, n = summed(total, count)
+    return of_all / n if n else None
 
 
 class DeviceSmoothLoss(AvgSmoothLoss):
@@ -182,7 +182,8 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         self.count += 1
         loss = learn.to_detach(learn.loss.mean(), cpu=False)
         (total,) = summed(loss)
-        loss = (total / training_share().world).to(loss)  # the parts of a batch are equal
+        mean = total / training_share().world  # the parts of a batch are equal
+        loss = torch.as_tensor(mean).to(loss)
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 

@@ -10,6 +10,7 @@ from fastai.vision.all import Learner
 from timm.layers import convert_sync_batchnorm
 from timm.layers.norm_act import BatchNormAct2d
 from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..processes import sharing_batches, world_size
 
@@ -51,7 +52,7 @@ class _Together(DistributedTrainer):
         return dl
 
 
-def share_norms(model: nn.Module) -> dict[str, nn.Module]:
+def share_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Have batch normalisation take its statistics from the global batch.
 
     On CUDA the layers become torch's ``SyncBatchNorm``, by timm's conversion, which keeps the
@@ -61,17 +62,18 @@ def share_norms(model: nn.Module) -> dict[str, nn.Module]:
     Returns:
         The layers by name, for :func:`restore_norms`.
     """
-    kinds = nn.modules.batchnorm._BatchNorm
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    norms = {
+        name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)
+    }
     if next(model.parameters()).device.type == "cuda":
         convert_sync_batchnorm(model)
         return norms
     for norm in norms.values():
-        norm.forward = _GlobalNorm(norm)
+        vars(norm)["forward"] = _GlobalNorm(norm)
     return norms
 
 
-def restore_norms(model: nn.Module, norms: dict[str, nn.Module]) -> None:
+def restore_norms(model: nn.Module, norms: dict[str, _BatchNorm]) -> None:
     """Undo :func:`share_norms`; what was learnt stays."""
     for name, norm in norms.items():
         vars(norm).pop("forward", None)
@@ -81,7 +83,7 @@ def restore_norms(model: nn.Module, norms: dict[str, nn.Module]) -> None:
 class _GlobalNorm:
     """The forward pass of a norm with the mean and variance of all processes' activations."""
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: _BatchNorm):
         self.norm = norm
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,6 +103,9 @@ class _GlobalNorm:
 
     def _remember(self, mean: torch.Tensor, variance: torch.Tensor, n: int) -> None:
         norm, n = self.norm, n * world_size()
+        # All of timm's norms keep them.
+        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.num_batches_tracked is not None and norm.momentum is not None
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * n / max(n - 1, 1), norm.momentum)

@@ -1,0 +1,42 @@
+# The habits of the house, one command each; `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup test slow lint types check docs bench coverage
+
+help:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s%s\n", $$1, $$2 }' Makefile
+
+setup: ## install the package, all tools and the hooks of git
+	pip install -e ".[dev]"
+	pre-commit install
+
+test: ## the tests that end in minutes
+	pytest
+
+slow: ## the tests left out there
+	pytest -m slow
+
+lint: ## style and layout
+	ruff check .
+	ruff format --check .
+
+types: ## static types of the package
+	mypy
+
+check: ## what pre-commit looks at, in all files
+	pre-commit run --all-files
+
+docs: ## the pages, into docs/_build/html
+	sphinx-build -W docs docs/_build/html
+
+bench: ## the benchmarks that need no data, against plain fastai
+	python benchmarks/startup.py
+	python benchmarks/train_throughput.py --size 256 --batch-size 32 --batches 3 --repeats 2
+	python benchmarks/train_throughput.py --size 128 --batch-size 32 --batches 5
+	python benchmarks/predict_throughput.py --size 256 --images 96
+	python benchmarks/predict_throughput.py --size 128 --images 192
+	python benchmarks/interpret.py --size 256 --images 64 --repeats 2
+	python benchmarks/memory.py --size 256 --batch-size 16
+	python benchmarks/memory.py --size 128 --batch-size 32
+
+coverage: ## lines and branches that no test reaches, the slow ones included
+	pytest -m "slow or not slow" --cov
