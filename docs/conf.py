@@ -46,7 +46,10 @@ napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!bloodcell_fastai\.).*\..*|Learner")]  # other libraries'
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!bloodcell_fastai\.).*\..*|Learner"),  # other libraries'
+    ("py:class", r"bloodcell_fastai\.processes\.(T|Items)"),  # type variables
+]
 
 # Texts that lie beside what they describe, where code hosting sites show them, are pages here too.
 BORROWED = {

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import pytest
 import typer
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from typer.exceptions import TyperException
@@ -99,6 +100,10 @@ def test_commands_exist(page):
             check_bloodcell(words)
         elif command[:2] == ["python", "cli.py"]:
             check_bloodcell(words[1:])
+        elif command[:2] == ["accelerate", "launch"]:
+            known = launch_command_parser().parse_args(words[1:])
+            assert known.training_script == "bloodcell_fastai"
+            check_bloodcell(known.training_script_args)
         elif command[0] == "python" and words[0].endswith(".py"):
             check_script(ROOT / words[0], words[1:])
 
