@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.layers.norm_act import BatchNormAct2d
 from torch import distributed, nn
 
@@ -39,6 +40,7 @@ workflow.make_learner = make_learner
 main()
 """
 FIT = ["--arch", "test_byobnet", "--weights", "none", "--size", "32", "--batch-size", "12"]
+FIRST = ["--weights", "first.safetensors", "--epochs", "2"]  # in place of none
 PATIENCE = 240  # seconds; a fit of these takes about ten on two idle cores
 
 
@@ -106,10 +108,12 @@ def run_alone(folder: Path, *args, script: str | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, demo_root) -> Path:
-    """A folder with the run ``one`` in it, trained by one process in double precision."""
+    """A folder with first weights and the run ``one``, trained by one process in double precision:
+    an epoch of the head alone, then one of everything."""
     folder = tmp_path_factory.mktemp("jobs")
-    args = ("fit", "--data", demo_root, *FIT, "--epochs", 2, "--name", "one")
-    run_alone(folder, *args, script=IN_DOUBLE)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_byobnet").state_dict(), folder / "first.safetensors")
+    run_alone(folder, "fit", "--data", demo_root, *FIT, *FIRST, "--name", "one", script=IN_DOUBLE)
     return folder
 
 
@@ -128,7 +132,7 @@ def same_training(folder: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_train_as_one_would(folder, demo_root, n):
-    args = ("fit", "--data", demo_root, *FIT, "--epochs", 2, "--name", f"of-{n}")
+    args = ("fit", "--data", demo_root, *FIT, *FIRST, "--name", f"of-{n}")
     job = Job(folder, n, *args, script=IN_DOUBLE)
     assert job.wait() == 0, job.log.read_text()
     same_training(folder, f"of-{n}")
@@ -139,7 +143,7 @@ def test_processes_train_as_one_would(folder, demo_root, n):
 
 @pytest.mark.slow
 def test_a_dead_process_ends_the_job_which_can_be_resumed(folder, demo_root):
-    args = ("fit", "--data", demo_root, *FIT, "--epochs", 2, "--name", "dead")
+    args = ("fit", "--data", demo_root, *FIT, *FIRST, "--name", "dead")
     slow = IN_DOUBLE.replace(
         "main()\n", "import time\nDouble.after_epoch = lambda self: time.sleep(2)\nmain()\n"
     )
