@@ -17,18 +17,45 @@ COMPILE = ("auto", "yes", "no")
 class Config:
     """The options of a run and what they were resolved to.
 
-    Options carry fastai's names where fastai has one. ``lr`` is the maximum learning rate of
-    the one-cycle schedule, 0 to find it with ``lr_find``. ``epochs`` counts all epochs; the
-    first ``freeze_epochs`` of them train the head alone (-1: one if the weights are pretrained,
-    else none). ``freeze_norm`` keeps the statistics of batch normalisation. ``patience`` 0
-    means no early stopping, ``mixup`` 0 no mixup. ``crop`` is ``cell`` or ``frame``. ``rotate``
-    is in degrees; ``zoom`` is the largest factor, in and out; ``warp`` and ``lighting`` are
-    fastai's ``max_warp`` and ``max_lighting``; ``stain``, ``sharpness`` and ``noise`` are those
-    of :func:`~bloodcell_fastai.data.augmentation.augmentation`. ``workers`` counts the threads
-    that decode images, -1 leaves it to the machine. ``compile`` is ``auto``, ``yes`` or ``no``,
-    for ``torch.compile`` on CUDA.
+    Options carry fastai's names where fastai has one. The attributes from ``classes`` on are
+    filled in by the run itself.
 
-    The fields from ``classes`` on are filled in by the run itself.
+    Attributes:
+        data: as for :func:`~bloodcell_fastai.open_dataset`; empty to find the data.
+        split: ``photo``, ``official`` or ``random``, see :func:`~bloodcell_fastai.split_table`.
+        arch: any architecture of timm's.
+        weights: what it starts from, see :func:`~bloodcell_fastai.blood_learner`.
+        size: side of the input, in pixels.
+        crop: ``cell`` or ``frame``, see :mod:`~bloodcell_fastai.data.framing`.
+        epochs: all of them.
+        freeze_epochs: of these the first ones, which train the head alone; -1 for one if the
+            weights are pretrained, else none.
+        batch_size: images.
+        lr: maximum learning rate of the one-cycle schedule; 0 to find it with ``lr_find``.
+        wd: weight decay.
+        label_smoothing: of the cross-entropy loss, 0 to 0.99.
+        freeze_norm: keep the statistics of batch normalisation.
+        mixup: fastai's ``alpha``; 0 for no mixup.
+        patience: epochs without progress after which training stops; 0 for never.
+        seed: of everything random.
+        flip: as ``rotate``, ``zoom``, ``warp``, ``lighting``, ``stain``, ``sharpness`` and
+            ``noise`` an argument of :func:`~bloodcell_fastai.augmentation`.
+        rotate: largest angle, in degrees.
+        zoom: largest factor, in and out.
+        warp: fastai's ``max_warp``.
+        lighting: fastai's ``max_lighting``.
+        stain: change of the dyes and of the tint, 0 to 1.
+        sharpness: blurred and sharpened by up to this share, 0 to 1.
+        noise: largest standard deviation, of colours from 0 to 1.
+        workers: threads that decode images; -1 leaves it to the machine.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        compile: ``auto``, ``yes`` or ``no``, for ``torch.compile`` on CUDA.
+        folds: how many, with split ``photo``; 0 for a single split.
+        classes: names in the order of the model's outputs.
+        pretrained: whether the first weights came from training of any kind.
+        weights_used: what ``weights`` came to, in a few words.
+        versions: of the libraries and of Python.
+        warnings: sentences that stand in the report's first lines.
 
     Raises:
         BloodcellError: a value is out of range; the message names the field.

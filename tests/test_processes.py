@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,35 +42,39 @@ workflow.make_learner = make_learner
 main()
 """
 FIT = ["--arch", "test_byobnet", "--weights", "none", "--size", "32", "--batch-size", "12"]
+HOSTS, WIRES = ("bloodcell-a", "bloodcell-b"), ("bloodwire-a", "bloodwire-b")
 FIRST = ["--weights", "first.safetensors", "--epochs", "2"]  # in place of none
 PATIENCE = 240  # seconds; a fit of these takes about ten on two idle cores
 
 
 class Job:
-    """``accelerate launch`` of a number of processes in a folder of its own."""
+    """``accelerate launch`` of a number of processes in a folder; of two hosts on one of them."""
 
-    def __init__(self, folder: Path, n: int, *args, script: str | None = None):
+    def __init__(
+        self, folder: Path, n: int, *args, script: str | None = None, host: int | None = None
+    ):
         target = ["-m", "bloodcell_fastai"]
         if script:
-            (folder / "main.py").write_text(script)
+            (folder / "main.py").write_text(script)  # the same for all hosts
             target = [folder / "main.py"]
-        launch = [
-            "--multi_gpu",
-            "--num_processes",
-            n,
-            "--num_machines",
-            1,
-            "--main_process_port",
-            0,
-        ]
-        plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        command = ["accelerate.commands.launch", *launch, *plain, *target, *args]
+        launch = ["--multi_gpu", "--num_processes", n, "--mixed_precision", "no"]
+        launch += ["--dynamo_backend", "no"]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        within = []
+        if host is None:
+            launch += ["--num_machines", 1, "--main_process_port", 0]
+        else:
+            within = ["ip", "netns", "exec", HOSTS[host]]
+            environment["GLOO_SOCKET_IFNAME"] = WIRES[host]
+            launch += ["--num_machines", 2, "--machine_rank", host]
+            launch += ["--main_process_ip", "10.93.0.1", "--main_process_port", 29500]
+        command = [*within, sys.executable, "-m", "accelerate.commands.launch", *launch]
+        command += [*target, *args]
         self.folder = folder
-        self.log = folder / "log"
+        self.log = folder / f"log-{host}"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *map(str, command)],
+                list(map(str, command)),
                 cwd=folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -118,6 +123,28 @@ def folder(tmp_path_factory, demo_root) -> Path:
     return folder
 
 
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a wire between them, which see nothing else."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and iproute2")
+    commands = [f"netns add {host}" for host in HOSTS]
+    commands += [f"link add {WIRES[0]} type veth peer name {WIRES[1]}"]
+    for number, (host, wire) in enumerate(zip(HOSTS, WIRES, strict=True), start=1):
+        commands += [f"link set {wire} netns {host}", f"-n {host} link set lo up"]
+        commands += [f"-n {host} addr add 10.93.0.{number}/24 dev {wire}"]
+        commands += [f"-n {host} link set {wire} up"]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr}")
+        yield
+    finally:
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
 def same_training(folder: Path, name: str) -> None:
     one, other = (pd.read_csv(folder / "runs" / n / "history.csv") for n in ("one", name))
     assert len(other) == 2
@@ -157,6 +184,21 @@ def test_a_dead_process_ends_the_job_which_can_be_resumed(folder, demo_root):
     job = Job(folder, 2, "fit", "--resume", "--name", "dead", script=IN_DOUBLE)
     assert job.wait() == 0, job.log.read_text()
     same_training(folder, "dead")
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one_and_one_notices_the_loss_of_the_other(folder, demo_root, hosts):
+    args = ("fit", "--data", demo_root, *FIT, *FIRST, "--name", "hosts")
+    jobs = [Job(folder, 2, *args, script=IN_DOUBLE, host=host) for host in (0, 1)]
+    for job in jobs:
+        assert job.wait() == 0, job.log.read_text()
+    same_training(folder, "hosts")
+    args = ("fit", "--data", demo_root, *FIT, "--epochs", 500, "--name", "lost")
+    first, second = (Job(folder, 2, *args, host=host) for host in (0, 1))
+    first.wait_for("Epoch [1/500]")
+    second.kill()
+    assert first.wait() != 0
+    assert "Another process of this job has ended" in first.log.read_text()
 
 
 @pytest.mark.slow
