@@ -513,9 +513,6 @@ def main() -> None:
         code = _show_error(
             BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", INTERRUPTED)
         )
-    except BrokenPipeError:  # the reader has seen enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except Exception as error:
         if debug:
             raise

@@ -1,3 +1,5 @@
+import io
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
 
 from bloodcell_fastai import Config, cli
 
@@ -174,3 +178,43 @@ def test_errors_are_two_lines_and_an_exit_code(bloodcell, args, code, message):
 def test_debug_shows_the_traceback(bloodcell):
     done = bloodcell("--debug", "interpret")
     assert "Traceback" in done.stderr
+
+
+def test_a_reader_who_has_seen_enough_gets_no_error():
+    """Such as head."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = Path(sys.executable).with_name("bloodcell")
+    done = subprocess.run([command, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_decoded_images_are_removed_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOODCELL_CACHE", str(tmp_path))
+    (tmp_path / "decoded.npy").write_bytes(bytes(3_000_000))
+    done = CliRunner().invoke(cli.app, ["data", "--clear-cache"])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("3 MB of decoded images removed")
+    assert not (tmp_path / "decoded.npy").exists()
+
+
+def test_a_long_table_is_cut_in_the_terminal(shipped, demo_root):
+    images = demo_root / "dataset2-master/dataset2-master/images/TRAIN"
+    n = len(list(images.rglob("*.jpeg")))
+    done = CliRunner().invoke(cli.app, ["predict", str(images), "--run", "pbc"])
+    assert done.exit_code == 0, done.output
+    assert f"{n - cli.MOST_ROWS} more rows." in done.output
+    assert f"{n} images predicted" in done.output
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_for_each_job_in_a_terminal_alone(terminal, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=screen, force_terminal=terminal, width=80))
+    reporter = cli.TerminalReporter()
+    for what in ("Decoding", "Searching"):
+        for done in range(3):
+            reporter.progress(what, done, 2)
+    shown = screen.getvalue()
+    assert ("Decoding" in shown, "Searching" in shown, "2/2" in shown) == (terminal,) * 3

@@ -24,6 +24,7 @@ def test_round_trip(tmp_path):
         {"rotate": 720.0},
         {"epochs": 2, "freeze_epochs": 2},
         {"split": "magic"},
+        {"crop": "corner"},
     ],
 )
 def test_nonsense_is_refused_by_name(wrong):

@@ -17,6 +17,7 @@ from torch import distributed, nn
 
 from bloodcell_fastai import BloodcellError
 from bloodcell_fastai.processes import Share, agree, by_first, gather, joined, sharing_batches
+from bloodcell_fastai.serving import inference
 from bloodcell_fastai.training.distributed import restore_norms, share_norms
 
 # In double precision, where the order of a sum does not grow into another training.
@@ -330,3 +331,17 @@ def test_without_accelerate_an_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(BloodcellError, match="distributed"), joined():
         pass
+
+
+def test_several_processes_need_accelerate(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(BloodcellError, match="which needs Accelerate") as caught, joined():
+        pass
+    assert "pip install" in caught.value.hint
+
+
+def test_several_processes_need_a_file_for_their_predictions(monkeypatch):
+    monkeypatch.setattr(inference, "world_size", lambda: 2)
+    with pytest.raises(BloodcellError, match="Several processes need a file to write"):
+        inference.predict(None, ["cell.png"])

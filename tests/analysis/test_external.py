@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
+from typer.testing import CliRunner
 
-from bloodcell_fastai import BloodcellError, Predictor, Run, interpret_external
+from bloodcell_fastai import BloodcellError, Predictor, Run, cli, interpret_external
 from bloodcell_fastai.analysis import external
 from bloodcell_fastai.analysis.interpretation import summarise
 from bloodcell_fastai.data.dataset import read_folder
@@ -231,3 +232,14 @@ def test_what_comes_with_the_package_is_tried_on_other_data(
     assert (folder / "report" / "index.html").is_file()
     assert found.unchecked == (trained.table.part == "train").sum()
     assert {path: path.stat().st_mtime_ns for path in shipped.rglob("*")} == before
+
+
+def test_the_command_says_what_it_found_and_where_it_is(run, other):
+    command = ["interpret", run.name, "--data", str(other), "--runs", str(run.path.parent)]
+    done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "400"})
+    assert done.exit_code == 0, done.output
+    assert "Unlike training: " in done.output
+    written = done.output.splitlines()[-1]
+    assert written.startswith(f"Written to {run.path / 'on' / 'elsewhere'}: ")
+    for name in written.partition(": ")[2].split(", "):
+        assert (run.path / "on" / "elsewhere" / name).is_file()

@@ -11,7 +11,14 @@ from fastai.vision.all import Pipeline, ToTensor
 from bloodcell_fastai import BloodcellError
 from bloodcell_fastai.data import pixels
 from bloodcell_fastai.data.blocks import BloodImage, item_transforms
-from bloodcell_fastai.data.pixels import Pixels, cache_file, clear_cache, decode, decode_ahead
+from bloodcell_fastai.data.pixels import (
+    Pixels,
+    cache_file,
+    cache_root,
+    clear_cache,
+    decode,
+    decode_ahead,
+)
 
 
 @pytest.fixture
@@ -152,3 +159,17 @@ def test_pixels_kept_on_a_device_are_the_same(paths):
     pictures._on_device = torch.from_numpy(np.array(pictures._cached))
     pictures._cached = pictures._cached[:0]  # nothing is read from there
     assert torch.equal(next(pictures.batches([paths[:3]])), expected)
+
+
+def test_decoded_images_lie_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("BLOODCELL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root() == tmp_path / "bloodcell_fastai"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "bloodcell_fastai"
+
+
+def test_files_that_are_gone_have_no_cache(paths):
+    assert cache_file(paths, 64, "cell") is not None
+    assert cache_file([*paths, "gone.png"], 64, "cell") is None
