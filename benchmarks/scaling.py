@@ -25,8 +25,8 @@ LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_proc
 LAUNCH += " --mixed_precision no --dynamo_backend no"
 ALL_REDUCE = """
 import time, torch
-from bloodcell_fastai.processes import joined
-with joined():
+from bloodcell_fastai.processes import gather, joined
+with joined() as share:
     gradients = torch.zeros({n}, device="cuda" if torch.cuda.is_available() else "cpu")
     for _ in range({times} + 1):
         torch.distributed.barrier()
@@ -34,7 +34,9 @@ with joined():
         torch.distributed.all_reduce(gradients)
         gradients[0].item()
         seconds = time.perf_counter() - begun
-    print(seconds, flush=True)
+    slowest = max(gather(seconds))
+    if share.rank == 0:
+        print(slowest)
 """
 
 
@@ -67,7 +69,7 @@ def all_reduce_seconds(n: int, parameters: int, folder: Path) -> float:
     """Of one sum of so many float32 numbers over ``n`` processes, the third time."""
     script = folder / "all_reduce.py"
     script.write_text(ALL_REDUCE.format(n=parameters, times=2))
-    return max(map(float, launch(n, [script], folder).split()))
+    return float(launch(n, [script], folder))
 
 
 def main() -> None:
