@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import convert_sync_batchnorm
 from timm.layers.norm_act import BatchNormAct2d
 from torch import distributed, nn
 
@@ -323,6 +324,21 @@ def test_shared_norms_leave_the_model_as_it_was(group):
     restore_norms(model, share_norms(model))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert "forward" not in vars(model[1])
+
+
+def test_norms_converted_as_for_cuda_compute_the_same_and_are_restored():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), BatchNormAct2d(5), nn.BatchNorm2d(5)).eval()
+    norms = {name: module for name, module in model.named_children() if name != "0"}
+    x = torch.randn(2, 3, 4, 4)
+    before = model(x)
+    convert_sync_batchnorm(model)
+    assert isinstance(model[1], nn.SyncBatchNorm) and isinstance(model[2], nn.SyncBatchNorm)
+    torch.testing.assert_close(model(x), before)  # the activation inside the norm is kept
+    model[1].running_mean += 1  # as training does
+    restore_norms(model, norms)
+    assert [type(module) for module in model] == [nn.Conv2d, BatchNormAct2d, nn.BatchNorm2d]
+    torch.testing.assert_close(model[1].running_mean, torch.ones(5))
 
 
 def test_without_accelerate_an_error_says_how_to_get_it(monkeypatch):
