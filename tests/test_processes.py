@@ -245,13 +245,14 @@ def test_a_prediction_cut_off_goes_on_with_another_number_of_processes(
     lines = (tmp_path / "all.csv").read_text().splitlines(keepends=True)
     (tmp_path / "all.csv").write_text("".join(lines[:11]))
     (tmp_path / "all.part-0002-of-0004.csv").write_text("".join([lines[0], *lines[9:31]]))
+    (tmp_path / "all.part-of-mine.csv").write_text("kept")
     job = Job(tmp_path, 2, "predict", demo_root, *run, "--resume")
     assert job.wait() == 0, job.log.read_text()
     assert "138 images predicted to all.csv" in job.log.read_text()
     assert "30 were there already" in job.log.read_text()
     found = pd.read_csv(tmp_path / "all.csv")
     assert found.path.is_unique and len(found) == 168
-    assert not list(tmp_path.glob("*.part-*"))
+    assert [path.name for path in tmp_path.glob("*.part-*")] == ["all.part-of-mine.csv"]
 
 
 @pytest.mark.slow
@@ -261,6 +262,12 @@ def test_what_all_processes_get_wrong_is_said_once(tmp_path, demo_root):
     log = job.log.read_text()
     assert log.count("Error: 2 processes cannot share batches of 13") == 1
     assert "use 12" in log
+
+
+def test_standard_input_is_not_shared(monkeypatch):
+    monkeypatch.setattr(inference, "world_size", lambda: 2)
+    with pytest.raises(BloodcellError, match="cannot share the lines"):
+        list(inference.find_images(["-"], ["a.jpg"]))
 
 
 def test_the_parts_of_all_processes_are_the_whole():

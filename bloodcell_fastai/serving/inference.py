@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -339,6 +340,11 @@ def find_images(sources: Iterable[str | Path], listed: Iterable[str] = ()) -> It
     """
     for source in map(str, sources):
         if source == "-":
+            if world_size() > 1:
+                raise usage_error(
+                    "Several processes cannot share the lines of standard input.",
+                    "Write them to a file and name that: paths.txt",
+                )
             yield from _lines(listed)
         elif os.path.isdir(source):  # noqa: PTH112 of names of any length, unlike Path.is_dir
             yield from map(str, list_folder(Path(source)))
@@ -495,6 +501,7 @@ def _predict_together(
     joined before."""
     if out is None:
         raise usage_error("Several processes need a file to write.", "Give --out FILE.csv")
+    paths = agree(lambda: paths)  # of a folder that is still growing, too
     columns, share = predictor.columns, Share(rank(), world_size())
     done = set(agree(lambda: _begin_together(out, columns, resume)))
     left = [path for path in paths if path not in done]
@@ -528,10 +535,10 @@ def _part_file(out: Path, share: Share) -> Path:
 
 
 def _part_files(out: Path) -> list[Path]:
-    """The files of parts that lie beside ``out``, in the order of the ranks."""
-    begin, end = f"{out.stem}.part-", out.suffix
-    names = [path.name for path in out.parent.iterdir()]
-    return [out.with_name(n) for n in sorted(names) if n.startswith(begin) and n.endswith(end)]
+    """The files of parts that lie beside ``out``, in the order of the ranks; of no other kind, for
+    they are removed."""
+    name = re.compile(rf"{re.escape(out.stem)}\.part-\d{{4,}}-of-\d{{4,}}{re.escape(out.suffix)}")
+    return sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name))
 
 
 def _view(images: torch.Tensor, number: int) -> torch.Tensor:
