@@ -11,10 +11,12 @@ are the known ones. Against them stand
   stand for what is dropped on a page by mistake. Photographs of other things would be a harder
   test, and are not in it.
 
-For each: the AUROC of the distance against the validation images, the share flagged at the run's
-threshold, and the AUROC of the calibrated confidence for comparison (Hendrycks and Gimpel 2017:
-the less sure, the less known). Of the validation images 5 % are flagged by design, because the
-threshold was fitted on them. The second table has the AUROC for other numbers of neighbours.
+For each: the share whose distance is above the run's threshold, the share in which no white cell is
+found (of a run with ``--crop cell``) and the share flagged for either; the AUROC of the distance
+against the validation images, and that of the calibrated confidence for comparison (Hendrycks and
+Gimpel 2017: the less sure, the less known). Of the validation images 5 % are distant by design,
+because the threshold was fitted on them. The second table has the AUROC for other numbers of
+neighbours.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from sklearn.metrics import roc_auc_score
 from bloodcell_fastai import Run, load_learner
 from bloodcell_fastai.data.blocks import image_dls
 from bloodcell_fastai.data.dataset import list_folder
+from bloodcell_fastai.data.pixels import decode_ahead
 from bloodcell_fastai.training.calibration import (
     Calibration,
     Reference,
@@ -76,19 +79,22 @@ def main() -> None:
 
 
 def print_groups(seen: dict, reference: Reference, calibration: Calibration) -> None:
-    known_logits, known_features = seen[KNOWN]
+    known_logits, known_features, _ = seen[KNOWN]
     known = reference.nearest(known_features)[0]
     sure = softmax(known_logits, calibration.temperature).max(axis=1)
-    print("| images | number | flagged | AUROC distance | AUROC confidence | mean confidence |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for name, (logits, features) in seen.items():
+    heads = ("images", "number", "distant", "no cell", "flagged")
+    heads += ("AUROC distance", "AUROC confidence", "mean confidence")
+    print("| " + " | ".join(heads) + " |")
+    print("|---" + "|---:" * (len(heads) - 1) + "|")
+    for name, (logits, features, has_cell) in seen.items():
         distances = reference.nearest(features)[0]
         confidence = softmax(logits, calibration.temperature).max(axis=1)
-        flagged = (distances > calibration.distance_threshold).mean()
+        distant = distances > calibration.distance_threshold
+        shares = [f"{mask.mean():.1%}" for mask in (distant, ~has_cell, distant | ~has_cell)]
         scores = ["", ""]
         if name != KNOWN:
             scores = [f"{auroc(known, distances):.3f}", f"{auroc(-sure, -confidence):.3f}"]
-        cells = [name, f"{len(logits):,}", f"{flagged:.1%}", *scores, f"{confidence.mean():.2f}"]
+        cells = [name, f"{len(logits):,}", *shares, *scores, f"{confidence.mean():.2f}"]
         print("| " + " | ".join(cells) + " |")
 
 
@@ -98,7 +104,7 @@ def print_neighbours(seen: dict, reference: Reference) -> None:
     print("|---|" + "---:|" * len(usable))
     distances = {
         (name, k): Reference(reference.features, reference.table, k).nearest(features)[0]
-        for name, (_, features) in seen.items()
+        for name, (_, features, _) in seen.items()
         for k in usable
     }
     for name in seen:
@@ -113,13 +119,15 @@ def auroc(known: np.ndarray, other: np.ndarray) -> float:
     return float(roc_auc_score(is_other, np.concatenate([known, other])))
 
 
-def look(learn, paths: list) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and features of images."""
+def look(learn, paths: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits and features of images, and whether a white cell was found where one is looked for."""
     images = image_dls(
         paths, learn.arch, learn.size, learn.dls.bs, learn.crop, device=learn.dls.device
     )
     logits, features, _ = predict_with_features(learn, images.valid)
-    return logits, features
+    decoded = decode_ahead([paths], learn.size, learn.crop)
+    has_cell = np.array([picture.has_cell for _, pictures in decoded for picture in pictures])
+    return logits, features, has_cell
 
 
 def sample(paths: list, n: int) -> list:

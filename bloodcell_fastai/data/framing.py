@@ -58,12 +58,15 @@ def framed(image: Image.Image, crop: str) -> Image.Image:
         image: RGB.
         crop: ``cell`` or ``frame``; a whole frame is left as it is.
     """
-    if crop == "frame":
-        return image
-    box, background = _look(image)
+    return image if crop == "frame" else cut_out(image)[0]
+
+
+def cut_out(image: Image.Image) -> tuple[Image.Image, bool]:
+    """What :func:`framed` makes of a picture for ``cell``, and whether there is a white cell."""
+    box, background, found = _look(image)
     gains = WHITE / np.maximum(background, LEAST_BACKGROUND)
     levels = np.clip(np.arange(256) * gains[:, None], 0, 255).round().astype(np.uint8)
-    return image.crop(box).point(levels.ravel().tolist())
+    return image.crop(box).point(levels.ravel().tolist()), found
 
 
 def crop_box(image: Image.Image, crop: str) -> tuple[int, int, int, int]:
@@ -78,20 +81,21 @@ def crop_box(image: Image.Image, crop: str) -> tuple[int, int, int, int]:
     return (0, 0, *image.size) if crop == "frame" else _look(image)[0]
 
 
-def _look(image: Image.Image) -> tuple[tuple[int, int, int, int], np.ndarray]:
-    """The square around the white cell, and the colour of the background, float64 (3,)."""
+def _look(image: Image.Image) -> tuple[tuple[int, int, int, int], np.ndarray, bool]:
+    """The square around the white cell, the colour of the background, float64 (3,), and whether
+    there is a cell."""
     pixels, shorter = np.asarray(image), min(image.size)
     small, lit = _reduced(pixels)
     middle = _square(image, image.width / 2, image.height / 2, shorter)
     if not lit.any():
-        return middle, np.full(3, float(WHITE))
+        return middle, np.full(3, float(WHITE)), False
     background = _background(small, lit)
     if (nucleus := _nucleus(small, lit, background)) is None:
-        return middle, background
+        return middle, background, False
     scale = max(image.size) / max(small.shape[:2])
     side = np.clip(nucleus.side * scale * SIDES_OF_NUCLEUS, shorter * LEAST_SHARE, shorter)
     side = max(round(float(side)), 1)
-    return _square(image, nucleus.x * scale, nucleus.y * scale, side), background
+    return _square(image, nucleus.x * scale, nucleus.y * scale, side), background, True
 
 
 def _reduced(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

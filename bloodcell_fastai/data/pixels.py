@@ -6,6 +6,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from ..errors import BloodcellError
 from ..files import atomic_path, sole_writer
 from .dataset import Progress, no_progress, open_image
-from .framing import framed
+from .framing import cut_out
 
 CACHE_VERSION = 3  # raise it when decode() gives other pixels
 SPARE_DISK = 2**30  # bytes the cache leaves free
@@ -23,6 +24,20 @@ BATCHES_AHEAD = 2
 
 Change = Callable[[Image.Image], Image.Image]
 """What may be done to a picture, RGB, before the network's part is cut out of it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the network sees of an image.
+
+    Attributes:
+        pixels: uint8 (size, size, 3), RGB.
+        has_cell: whether a white cell was found; for the crop ``frame``, which looks for none,
+            true.
+    """
+
+    pixels: np.ndarray
+    has_cell: bool
 
 
 def decode(
@@ -41,9 +56,14 @@ def decode(
     Raises:
         OSError: the image cannot be read.
     """
+    return _picture(path, size, crop, change).pixels
+
+
+def _picture(path: str | Path, size: int, crop: str, change: Change | None) -> Picture:
     image = open_image(path)
-    part = framed(change(image) if change else image, crop)
-    return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
+    image = change(image) if change else image
+    part, has_cell = (image, True) if crop == "frame" else cut_out(image)
+    return Picture(np.asarray(part.resize((size, size), Image.Resampling.BILINEAR)), has_cell)
 
 
 def decode_ahead(
@@ -52,7 +72,7 @@ def decode_ahead(
     crop: str,
     threads: int | None = None,
     change: Change | None = None,
-) -> Iterator[tuple[Sequence[str], list[np.ndarray | OSError]]]:
+) -> Iterator[tuple[Sequence[str], list[Picture | OSError]]]:
     """Decode chunk after chunk in threads, a few chunks ahead of the consumer.
 
     Args:
@@ -63,7 +83,7 @@ def decode_ahead(
         change: see :func:`decode`.
 
     Yields:
-        Each chunk with its images, uint8 (size, size, 3), or the error where one cannot be read.
+        Each chunk with its pictures, or the error where one cannot be read.
     """
     pool = ThreadPoolExecutor(threads or _threads(), thread_name_prefix="decode")
     waiting: deque[tuple[Sequence[str], list[Future]]] = deque()
@@ -167,7 +187,7 @@ class Pixels:
         return images.permute(0, 3, 1, 2)
 
 
-def stack(paths: Sequence[str], images: Sequence[np.ndarray | OSError]) -> torch.Tensor:
+def stack(paths: Sequence[str], images: Sequence[Picture | OSError]) -> torch.Tensor:
     """Decoded images as one batch, uint8 (n, 3, size, size), channels last in memory.
 
     Raises:
@@ -180,7 +200,7 @@ def stack(paths: Sequence[str], images: Sequence[np.ndarray | OSError]) -> torch
                 f"{path} cannot be read: {str(image).removeprefix(f'{path}: ')}.",
                 "Put the image back or take it out of the data set, then go on with --resume.",
             )
-        decoded.append(image)
+        decoded.append(image.pixels)
     return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
 
 
@@ -275,11 +295,9 @@ def _finished(chunk: Sequence[str], futures: list[Future]) -> tuple[Sequence[str
     return chunk, [future.result() for future in futures]
 
 
-def _try_decode(
-    path: str, size: int, crop: str, change: Change | None = None
-) -> np.ndarray | OSError:
+def _try_decode(path: str, size: int, crop: str, change: Change | None = None) -> Picture | OSError:
     try:
-        return decode(path, size, crop, change)
+        return _picture(path, size, crop, change)
     except OSError as error:
         return error
     except Exception as error:  # a decoder that fails in its own way, or has no memory left

@@ -91,7 +91,7 @@ class Prediction(BaseModel):
     file: str = Field(description="Name of the file as it was sent.")
     predicted: str = Field(description="The likeliest class.")
     confidence: float = Field(description="Its probability, 0 to 1.")
-    flag: Literal["", "uncertain", "unlike training"] = Field(
+    flag: Literal["", "uncertain", "unlike training", "no cell"] = Field(
         description="Set where a person should look."
     )
     probabilities: dict[str, float] = Field(description="Of every class; they sum to 1.")

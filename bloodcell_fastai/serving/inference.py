@@ -19,7 +19,7 @@ import torch
 from ..config import Config
 from ..data.blocks import normalization, pick_device, prediction_batch_size
 from ..data.dataset import Progress, list_folder, no_progress
-from ..data.pixels import decode_ahead, stack
+from ..data.pixels import Picture, decode_ahead, stack
 from ..errors import BloodcellError, usage_error
 from ..files import atomic_path
 from ..processes import Share, agree, gather, rank, wait_for_all, world_size
@@ -28,7 +28,7 @@ from ..training.callbacks import autocast
 from ..training.learner import TimmModel, classifier_inputs, load_model, load_weights
 from ..training.runs import Run
 
-UNCERTAIN, UNLIKE = "uncertain", "unlike training"
+UNCERTAIN, UNLIKE, NO_CELL = "uncertain", "unlike training", "no cell"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -140,7 +140,7 @@ class Predictor:
 
         Returns:
             One row per image, in order, with ``path``, ``predicted``, ``confidence``, ``flag``
-            (empty, ``uncertain`` or ``unlike training``), ``p_<CLASS>`` (calibrated
+            (empty, ``uncertain``, ``unlike training`` or ``no cell``), ``p_<CLASS>`` (calibrated
             probabilities, 0 to 1) and, where the run has a reference, ``distance`` to the
             training images and ``nearest``, the path of the nearest one.
 
@@ -168,13 +168,13 @@ class Predictor:
         names = map(str, paths)
         chunks = iter(lambda: list(itertools.islice(names, self.batch_size)), [])
         for chunk, images in decode_ahead(chunks, self.config.size, self.config.crop):
-            decoded = dict(zip(chunk, images, strict=True))
-            unreadable = [path for path in chunk if isinstance(decoded[path], OSError)]
-            readable = [path for path in chunk if not isinstance(decoded[path], OSError)]
-            found = self._nothing()
-            if readable:
-                found = self.probabilities(stack(readable, [decoded[path] for path in readable]))
-            yield Batch(self.table(readable, *found), unreadable, found[1])
+            pairs = list(zip(chunk, images, strict=True))
+            unreadable = [path for path, image in pairs if isinstance(image, OSError)]
+            readable = [path for path, image in pairs if isinstance(image, Picture)]
+            pictures = [image for image in images if isinstance(image, Picture)]
+            found = self.probabilities(stack(readable, pictures)) if pictures else self._nothing()
+            has_cell = np.array([picture.has_cell for picture in pictures], dtype=bool)
+            yield Batch(self.table(readable, *found, has_cell), unreadable, found[1])
 
     def probabilities(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """Predict pictures that are decoded already.
@@ -203,9 +203,14 @@ class Predictor:
         return distances, self.reference.table.path.to_numpy()[rows]
 
     def table(
-        self, paths: Sequence[str], probabilities: np.ndarray, features: torch.Tensor
+        self,
+        paths: Sequence[str],
+        probabilities: np.ndarray,
+        features: torch.Tensor,
+        has_cell: np.ndarray | bool = True,
     ) -> pd.DataFrame:
-        """The table of :meth:`__call__` from what :meth:`probabilities` returns."""
+        """The table of :meth:`__call__` from what :meth:`probabilities` returns, and whether a
+        white cell was found in each image, bool (n,)."""
         classes = self.config.classes
         confidence = probabilities.max(axis=1)
         flag = np.where(confidence < self.min_confidence, UNCERTAIN, "").astype(object)
@@ -214,6 +219,7 @@ class Predictor:
             distance, nearest = self.nearest(features)
             flag[distance > self.distance_threshold] = UNLIKE
             seen = {"distance": distance, "nearest": nearest}
+        flag[~np.broadcast_to(has_cell, flag.shape)] = NO_CELL
         columns = {
             "path": list(paths),
             "predicted": np.array(classes)[probabilities.argmax(axis=1)],

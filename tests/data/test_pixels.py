@@ -134,7 +134,7 @@ def test_decoding_runs_ahead_but_not_far(paths):
     stream = decode_ahead(chunks(), 32, "cell")
     chunk, images = next(stream)
     assert chunk == [paths[0]]
-    assert images[0].shape == (32, 32, 3)
+    assert images[0].pixels.shape == (32, 32, 3)
     assert len(drawn) == 1 + pixels.BATCHES_AHEAD
     stream.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
@@ -142,7 +142,7 @@ def test_decoding_runs_ahead_but_not_far(paths):
 
 def test_decoding_hands_errors_on(paths, tmp_path):
     _, images = next(decode_ahead([[paths[0], str(tmp_path / "none.jpg")]], 32, "cell"))
-    assert images[0].shape == (32, 32, 3)
+    assert images[0].pixels.shape == (32, 32, 3)
     assert isinstance(images[1], OSError)
 
 

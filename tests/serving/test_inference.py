@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from bloodcell_fastai import BloodcellError, Config, Predictor, Run, interpret_run, split_table
@@ -55,17 +55,37 @@ def test_no_images_give_an_empty_table(run, paths):
 
 def test_unsure_predictions_are_flagged(run, paths):
     table = Predictor.load(run, min_confidence=1.0)(paths)
-    assert set(table.flag) <= {"uncertain", "unlike training"}
+    assert set(table.flag) <= {"uncertain", "unlike training", "no cell"}
     assert "uncertain" in set(table.flag)
     assert "uncertain" not in set(Predictor.load(run)(paths).flag)
 
 
 def test_images_unlike_training_are_flagged(run, paths, tmp_path):
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "black.png")
-    table = Predictor.load(run)([*paths, str(tmp_path / "black.png")])
+    table = Predictor.load(run)([*paths, draw_stripes(tmp_path)])
     assert table.flag.iloc[-1] == "unlike training"
     assert table.distance.iloc[-1] > table.distance[:-1].max()
     assert (table.flag[:-1] == "unlike training").mean() < 0.1
+
+
+@pytest.mark.parametrize("empty", ["black", "white", "smear"])
+def test_images_without_a_white_cell_are_flagged(run, paths, empty, tmp_path):
+    """The flag comes before any other: what the network saw was no cell."""
+    image = Image.new("RGB", (64, 64), empty if empty != "smear" else (235, 225, 215))
+    if empty == "smear":  # red cells alone
+        for x in range(6, 64, 18):
+            ImageDraw.Draw(image).ellipse((x, 20, x + 14, 34), fill=(222, 160, 150))
+    image.save(tmp_path / "empty.png")
+    table = Predictor.load(run, min_confidence=1.0)([*paths, str(tmp_path / "empty.png")])
+    assert table.flag.iloc[-1] == "no cell"
+    assert (table.flag == "no cell").sum() == 1
+
+
+def draw_stripes(folder) -> str:
+    """A picture as purple as a nucleus, but of none."""
+    pixels = np.full((64, 64, 3), 235, np.uint8)
+    pixels[:, ::4] = pixels[:, 1::4] = (90, 40, 160)
+    Image.fromarray(pixels).save(folder / "stripes.png")
+    return str(folder / "stripes.png")
 
 
 def test_turned_pictures_give_the_same_answer_with_tta(run, paths, tmp_path):
@@ -245,8 +265,7 @@ def folds(run, tmp_path_factory):
 
 @pytest.mark.parametrize("tta", [False, True])
 def test_folds_predict_together(folds, paths, tta, tmp_path):
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "black.png")
-    images = [*paths, str(tmp_path / "black.png")]
+    images = [*paths, draw_stripes(tmp_path)]
     table = Predictor.load(folds, tta=tta)(images)
     single = [Predictor.load(folds.fold(number), tta=tta)(images) for number in (1, 2)]
     shares = [part.filter(like="p_").to_numpy() for part in single]
