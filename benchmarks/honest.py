@@ -1,6 +1,7 @@
 """Which recipe is better on photographs it has not seen? Chosen on TRAIN, tested on TEST, counted.
 
     python benchmarks/honest.py DATA [--recipes cell frame ...] [--copies 8] -- FIT OPTIONS
+    python benchmarks/honest.py DATA --across OTHER [--recipes ...] -- FIT OPTIONS
     python benchmarks/honest.py DATA --look cell --why "recipe of 1.0" -- FIT OPTIONS
 
 DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcell fit``, such as
@@ -11,6 +12,9 @@ DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcel
 - Recipes are compared by cross-validation on these, the same folds for all. The first recipe is
   the one the others are measured against, photograph by photograph: a paired bootstrap interval of
   the difference and the exact McNemar test. A recipe whose interval holds 0 is not better.
+- ``--across OTHER`` takes recipes from one laboratory to another instead: trained on TRAIN and
+  scored on the classes that OTHER shares, and the other way round. The first weights must have seen
+  neither.
 - ``--also OTHER`` adds another data set to what is trained on, where the classes agree, such as the
   PBC set; it is for a look, whose TEST stays what it is.
 - ``--look`` trains one recipe on all of TRAIN, a fifth of its photographs choosing the epoch, and
@@ -97,6 +101,39 @@ def cross_validated(recipe: str, data: Path, args: argparse.Namespace) -> Evalua
     return Evaluation(pd.read_csv(run.path / "predictions.csv"), run.config.classes)
 
 
+def across(recipe: str, source: Path, target: Path, args: argparse.Namespace) -> Evaluation:
+    """What a recipe, trained on the images of one laboratory, predicts for those of another."""
+    run = _trained("from", recipe, source, args)
+    results = run.results_on(target)
+    if not (results / "metrics.json").is_file():
+        bloodcell("interpret", run.path, "--data", target)
+    return Evaluation(pd.read_csv(results / "predictions.csv"), run.config.classes)
+
+
+def _trained(what: str, recipe: str, data: Path, args: argparse.Namespace) -> Run:
+    """One training on a folder, a fifth of its photographs choosing the epoch."""
+    name = "-".join([what, data.name, *recipe.replace("'", "").split()])
+    run = Run(args.out / "runs" / name)
+    own = ["--data", data, "--split", "photo", "--name", name, "--runs", args.out / "runs"]
+    if not run.finished:
+        started = ["--resume"] if run.started else []
+        bloodcell("fit", *own, *args.fit, *RECIPES[recipe], *started)
+    return run
+
+
+def print_table(title: str, results: dict[str, Evaluation], args: argparse.Namespace) -> None:
+    """The recipes as a Markdown table, measured against the first."""
+    first = next(iter(results))
+    print(f"\n{machine()}; {' '.join(args.fit)}; {title}\n")
+    print(
+        f"| recipe | per image | per photograph | macro F1 | balanced accuracy "
+        f"| gain per photograph on {first} | won : lost | p |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        print(row(name, result, results[first]))
+
+
 def row(name: str, evaluation: Evaluation, first: Evaluation) -> str:
     """A line of the table: the scores, and the difference from the first recipe."""
     figures = evaluation.metrics
@@ -130,14 +167,7 @@ def _right(evaluation: Evaluation) -> pd.Series:
 
 def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict:
     """Train on TRAIN, score once on TEST; the figures, as they are added to the table of looks."""
-    name = "-".join(
-        ["look", str(datetime.date.today()), *recipe.split(), Path(args.also).stem or "kaggle"]
-    )
-    run = Run(args.out / "runs" / name)
-    own = ["--split", "photo", "--name", name, "--runs", args.out / "runs"]
-    if not run.finished:
-        started = ["--resume"] if run.started else []
-        bloodcell("fit", "--data", train, *own, *args.fit, *RECIPES[recipe], *started)
+    run = _trained(f"look-{datetime.date.today()}", recipe, train, args)
     bloodcell("interpret", run.path, "--data", test)
     figures = read_json(run.results_on(test) / "metrics.json")
     kept = ("n_images", "n_photos", "accuracy", "photo_accuracy", "macro_f1", "balanced_accuracy")
@@ -158,13 +188,14 @@ def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict
 
 
 def main() -> None:
-    """Compare recipes on TRAIN, or look at TEST once."""
+    """Compare recipes on TRAIN or across laboratories, or look at TEST once."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["cell", "frame"])
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--per-class", type=int, default=10_000)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--across", default="")
     parser.add_argument("--look", choices=RECIPES)
     parser.add_argument("--why", default="")
     parser.add_argument("--also", default="")
@@ -177,39 +208,36 @@ def main() -> None:
 
     dataset = open_dataset(args.data, home=args.out / "data")
     table = with_photos(dataset.table, dataset.root)
-    train = table[table.subset == "TRAIN"]
+    train = few_copies(table[table.subset == "TRAIN"], args.copies, args.per_class)
+    other = args.across or args.also
+    others = _few_of(other, sorted(set(train.label)), args) if other else train[:0]
     if args.look:
-        train = few_copies(train, args.copies, args.per_class)
-        if args.also:
-            other = shared_classes(args.also, sorted(set(train.label)), args.out / "data")
-            other = few_copies(other, args.copies, args.per_class)
-            train = pd.concat([train, other], ignore_index=True)
         test = table[(table.subset == "TEST") & ~table.photo.isin(train.photo)]
-        folders = [
-            write_folder(t, args.out / n)
-            for t, n in (
-                (train, f"TRAIN{Path(args.also).stem}-{args.copies}-{args.per_class}"),
-                (test, "TEST"),
-            )
-        ]
-        found = pd.DataFrame([look(args.look, *folders, args)])
-        found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
-        print(found.T.to_string(header=False))
+        look_once(pd.concat([train, others], ignore_index=True), test, args)
         return
-    folder = write_folder(
-        few_copies(train, args.copies, args.per_class),
-        args.out / f"train-{args.copies}-{args.per_class}",
-    )
-    results = {name: cross_validated(name, folder, args) for name in args.recipes}
-    first = results[args.recipes[0]]
-    print(f"\n{machine()}; {' '.join(args.fit)}; {args.folds} folds of {folder.name}\n")
-    print(
-        f"| recipe | per image | per photograph | macro F1 | balanced accuracy "
-        f"| gain per photograph on {args.recipes[0]} | won : lost | p |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for name, result in results.items():
-        print(row(name, result, first))
+    here = write_folder(train, args.out / f"train-{args.copies}-{args.per_class}")
+    if args.across:
+        there = write_folder(others, args.out / f"{Path(other).stem}-{args.per_class}")
+        for source, target in ((here, there), (there, here)):
+            results = {name: across(name, source, target, args) for name in args.recipes}
+            print_table(f"{source.name} to {target.name}", results, args)
+        return
+    results = {name: cross_validated(name, here, args) for name in args.recipes}
+    print_table(f"{args.folds} folds of {here.name}", results, args)
+
+
+def _few_of(other: str, classes: list[str], args: argparse.Namespace) -> pd.DataFrame:
+    shared = shared_classes(other, classes, args.out / "data")
+    return few_copies(shared, args.copies, args.per_class)
+
+
+def look_once(train: pd.DataFrame, test: pd.DataFrame, args: argparse.Namespace) -> None:
+    """Look at TEST, and add what it shows to the table of looks."""
+    name = f"TRAIN{Path(args.also).stem}-{args.copies}-{args.per_class}"
+    folders = write_folder(train, args.out / name), write_folder(test, args.out / "TEST")
+    found = pd.DataFrame([look(args.look, *folders, args)])
+    found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
+    print(found.T.to_string(header=False))
 
 
 if __name__ == "__main__":
