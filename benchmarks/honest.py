@@ -43,7 +43,7 @@ from bloodcell_fastai.files import read_json
 RECIPES = {  # what differs from the defaults of ``bloodcell fit``
     "cell": [],
     "frame": ["--crop", "frame"],
-    "same light": ["--stain", "0", "--lighting", "0"],
+    "half the stain": ["--stain", "0.4"],
     "fastai's augmentation": ["--stain", "0", "--sharpness", "0", "--noise", "0"],
     "frozen norm": ["--freeze-norm"],
     "no smoothing": ["--label-smoothing", "0"],

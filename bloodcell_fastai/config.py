@@ -93,7 +93,7 @@ class Config:
     zoom: float = 1.25
     warp: float = 0.1
     lighting: float = 0.3
-    stain: float = 0.4
+    stain: float = 0.8
     sharpness: float = 0.7
     noise: float = 0.03
     workers: int = -1

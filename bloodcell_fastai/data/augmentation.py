@@ -27,7 +27,7 @@ def augmentation(
     zoom: float = 1.25,
     warp: float = 0.1,
     lighting: float = 0.3,
-    stain: float = 0.4,
+    stain: float = 0.8,
     sharpness: float = 0.7,
     noise: float = 0.03,
 ) -> list:
@@ -197,8 +197,8 @@ class Noise(DisplayedTransform):
 
 
 def blur(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, 3, size, size) under a Gaussian of a fiftieth of their side."""
-    sigma = pictures.shape[-1] / 50
+    """Pictures (n, 3, size, size) under a Gaussian of a 32nd of their side."""
+    sigma = pictures.shape[-1] / 32
     side = 2 * round(2 * sigma) + 1
     for kernel in ([side, 1], [1, side]):  # along one axis at a time is much less work
         pictures = gaussian_blur(pictures, kernel, [sigma, sigma])
