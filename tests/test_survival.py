@@ -229,10 +229,10 @@ def images_gone(learn) -> None:
 def broken_decoder(learn) -> None:
     from bloodcell_fastai.data import pixels
 
-    def decode(path, size, crop, change=None):
+    def open_image(path):
         raise IndexError("a bug in a decoder")
 
-    pixels.decode = decode
+    pixels.open_image = open_image
 
 
 def short_lr_find() -> None:
