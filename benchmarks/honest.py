@@ -18,8 +18,10 @@ DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcel
 - ``--also OTHER`` adds another data set to what is trained on, where the classes agree, such as the
   PBC set; it is for a look, whose TEST stays what it is.
 - ``--look`` trains one recipe on all of TRAIN, a fifth of its photographs choosing the epoch, and
-  scores it once on TEST, without the photographs whose field is in TRAIN too. The look is appended
-  to docs/test_looks.csv, whatever it shows.
+  scores it once on TEST, without the photographs whose field is in TRAIN too; what it is on all
+  photographs of TEST stands beside it, as others report it. With ``--ensemble`` all models of the
+  recipe's cross-validation answer together. The look is appended to docs/test_looks.csv, whatever
+  it shows.
 
 What is finished is not done again: the folder ``--out`` keeps the runs.
 """
@@ -28,6 +30,7 @@ import argparse
 import datetime
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +38,14 @@ import pandas as pd
 from common import machine
 from scipy.stats import binomtest
 
-from bloodcell_fastai import Run, open_dataset, with_photos
-from bloodcell_fastai.analysis.evaluation import Evaluation, by_photo, resample_photos
+from bloodcell_fastai import Predictor, Run, open_dataset, with_photos
+from bloodcell_fastai.analysis.evaluation import (
+    Evaluation,
+    by_photo,
+    prediction_table,
+    resample_photos,
+)
 from bloodcell_fastai.data.cell_names import match_classes
-from bloodcell_fastai.files import read_json
 
 RECIPES = {  # what differs from the defaults of ``bloodcell fit``
     "cell": [],
@@ -92,13 +99,19 @@ def bloodcell(*arguments: str | Path) -> None:
 
 def cross_validated(recipe: str, data: Path, args: argparse.Namespace) -> Evaluation:
     """The pooled predictions of a recipe, every photograph by the model that has not seen it."""
-    name = "-".join(recipe.replace("'", "").split())
+    run = _folds(recipe, data, args)
+    return Evaluation(pd.read_csv(run.path / "predictions.csv"), run.config.classes)
+
+
+def _folds(recipe: str, data: Path, args: argparse.Namespace) -> Run:
+    """A cross-validation on a folder."""
+    name = "-".join([data.name, *recipe.replace("'", "").split()])
     run = Run(args.out / "runs" / name)
     if not (run.path / "metrics.json").is_file():
         own = ["--folds", args.folds, "--name", name, "--runs", args.out / "runs"]
         started = ["--resume"] if run.path.is_dir() else []
         bloodcell("fit", "--data", data, *own, *args.fit, *RECIPES[recipe], *started)
-    return Evaluation(pd.read_csv(run.path / "predictions.csv"), run.config.classes)
+    return run
 
 
 def across(recipe: str, source: Path, target: Path, args: argparse.Namespace) -> Evaluation:
@@ -121,10 +134,10 @@ def _trained(what: str, recipe: str, data: Path, args: argparse.Namespace) -> Ru
     return run
 
 
-def print_table(title: str, results: dict[str, Evaluation], args: argparse.Namespace) -> None:
+def print_table(title: str, results: dict[str, Evaluation]) -> None:
     """The recipes as a Markdown table, measured against the first."""
     first = next(iter(results))
-    print(f"\n{machine()}; {' '.join(args.fit)}; {title}\n")
+    print(f"\n{machine()}; {title}\n")
     print(
         f"| recipe | per image | per photograph | macro F1 | balanced accuracy "
         f"| gain per photograph on {first} | won : lost | p |"
@@ -165,16 +178,26 @@ def _right(evaluation: Evaluation) -> pd.Series:
     )
 
 
-def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict:
-    """Train on TRAIN, score once on TEST; the figures, as they are added to the table of looks."""
-    run = _trained(f"look-{datetime.date.today()}", recipe, train, args)
-    bloodcell("interpret", run.path, "--data", test)
-    figures = read_json(run.results_on(test) / "metrics.json")
+def look(train: Path, test: pd.DataFrame, seen: pd.Series, args: argparse.Namespace) -> dict:
+    """Train on TRAIN, predict TEST once; the figures, as they are added to the table of looks.
+
+    Args:
+        train: folder of what is trained on.
+        test: the image table of TEST.
+        seen: which of its images are of a field that is in TRAIN too.
+    """
+    name = f"look-{datetime.date.today()}"
+    run = (_folds if args.ensemble else partial(_trained, name))(args.look, train, args)
+    found = Predictor.load(run)(test.path).filter(like="p_").to_numpy()
+    predictions = prediction_table(test.reset_index(drop=True), found, run.config.classes)
+    predictions.to_csv(args.out / f"{name}-{run.name}.csv", index=False)
+    figures = Evaluation(predictions[~seen.to_numpy()], run.config.classes).metrics
+    of_all = Evaluation(predictions, run.config.classes).metrics
     kept = ("n_images", "n_photos", "accuracy", "photo_accuracy", "macro_f1", "balanced_accuracy")
     return {
         "date": str(datetime.date.today()),
-        "recipe": recipe,
-        "options": " ".join([*args.fit, *RECIPES[recipe]]),
+        "recipe": f"{args.look}, {args.folds} models" if args.ensemble else args.look,
+        "options": " ".join([*args.fit, *RECIPES[args.look]]),
         "images": f"{args.copies} a photograph, {args.per_class} a class",
         "also": Path(args.also).stem,
         "machine": machine(),
@@ -184,6 +207,7 @@ def look(recipe: str, train: Path, test: Path, args: argparse.Namespace) -> dict
             f"{key}_ci95": "-".join(f"{bound:.3f}" for bound in figures[f"{key}_ci95"])
             for key in ("accuracy", "photo_accuracy")
         },
+        **{f"{key}_all_of_test": round(of_all[key], 4) for key in ("accuracy", "photo_accuracy")},
     }
 
 
@@ -197,6 +221,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--across", default="")
     parser.add_argument("--look", choices=RECIPES)
+    parser.add_argument("--ensemble", action="store_true")
     parser.add_argument("--why", default="")
     parser.add_argument("--also", default="")
     parser.add_argument("--out", type=Path, default=Path("honest"))
@@ -209,35 +234,31 @@ def main() -> None:
     dataset = open_dataset(args.data, home=args.out / "data")
     table = with_photos(dataset.table, dataset.root)
     train = few_copies(table[table.subset == "TRAIN"], args.copies, args.per_class)
+    few = f"{args.copies}-{args.per_class}"
     other = args.across or args.also
     others = _few_of(other, sorted(set(train.label)), args) if other else train[:0]
     if args.look:
-        test = table[(table.subset == "TEST") & ~table.photo.isin(train.photo)]
-        look_once(pd.concat([train, others], ignore_index=True), test, args)
+        test = table[table.subset == "TEST"]
+        both = pd.concat([train, others], ignore_index=True)
+        folder = write_folder(both, args.out / f"train{Path(args.also).stem}-{few}")
+        found = pd.DataFrame([look(folder, test, test.photo.isin(train.photo), args)])
+        found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
+        print(found.T.to_string(header=False))
         return
-    here = write_folder(train, args.out / f"train-{args.copies}-{args.per_class}")
+    here = write_folder(train, args.out / f"train-{few}")
     if args.across:
-        there = write_folder(others, args.out / f"{Path(other).stem}-{args.per_class}")
+        there = write_folder(others, args.out / f"{Path(other).stem}-{few}")
         for source, target in ((here, there), (there, here)):
             results = {name: across(name, source, target, args) for name in args.recipes}
-            print_table(f"{source.name} to {target.name}", results, args)
+            print_table(f"{source.name} to {target.name}, {' '.join(args.fit)}", results)
         return
     results = {name: cross_validated(name, here, args) for name in args.recipes}
-    print_table(f"{args.folds} folds of {here.name}", results, args)
+    print_table(f"{args.folds} folds of {here.name}, {' '.join(args.fit)}", results)
 
 
 def _few_of(other: str, classes: list[str], args: argparse.Namespace) -> pd.DataFrame:
     shared = shared_classes(other, classes, args.out / "data")
     return few_copies(shared, args.copies, args.per_class)
-
-
-def look_once(train: pd.DataFrame, test: pd.DataFrame, args: argparse.Namespace) -> None:
-    """Look at TEST, and add what it shows to the table of looks."""
-    name = f"TRAIN{Path(args.also).stem}-{args.copies}-{args.per_class}"
-    folders = write_folder(train, args.out / name), write_folder(test, args.out / "TEST")
-    found = pd.DataFrame([look(args.look, *folders, args)])
-    found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
-    print(found.T.to_string(header=False))
 
 
 if __name__ == "__main__":
