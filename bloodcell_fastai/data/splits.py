@@ -3,7 +3,7 @@
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
-from ..errors import BloodcellError
+from ..errors import BloodcellError, usage_error
 
 VALID_SHARE = 0.2
 _TRIES = 8  # shuffles of which the best balanced fold is taken
@@ -26,9 +26,8 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
         The table with the column ``part``, which is ``train``, ``valid`` or empty (unused).
 
     Raises:
-        BloodcellError: the table cannot be split that way, or a class would be missing from
-            training or from validation.
-        KeyError: ``how`` is none of the three.
+        BloodcellError: ``how`` is none of the three, the table cannot be split that way, or a
+            class would be missing from training or from validation.
 
     Examples:
         >>> from bloodcell_fastai import leakage, open_dataset, split_table, with_photos
@@ -40,8 +39,10 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
         >>> leakage(split)
         0.0
     """
-    part = {"random": _random, "official": _official, "photo": _by_photo}[how](table, seed)
-    result = table.assign(part=part)
+    ways = {"random": _random, "official": _official, "photo": _by_photo}
+    if how not in ways:
+        raise usage_error(f"The split is {how!r}.", f"Use one of: {', '.join(ways)}.")
+    result = table.assign(part=ways[how](table, seed))
     _check_classes(result)
     return result
 

@@ -104,6 +104,7 @@ def test_leakage_is_unknown_without_photographs():
             "Only in validation, never in training: C",
         ),
         ([("A", "train", "1"), ("A", "valid", "2")], "official", "two classes or more"),
+        ([("A", "", "1"), ("B", "", "2")], "photos", "The split is 'photos'"),
     ],
 )
 def test_impossible_splits(rows, how, message):
