@@ -55,6 +55,7 @@ RECIPES = {  # what differs from the defaults of ``bloodcell fit``
     "frozen norm": ["--freeze-norm"],
     "no smoothing": ["--label-smoothing", "0"],
     "mixup": ["--mixup", "0.2"],
+    "256 px": ["--size", "256"],
     "twice the epochs": ["--epochs", "6"],
     "three times the rate": ["--lr", "3e-3"],
     "random weights": ["--weights", "none"],
