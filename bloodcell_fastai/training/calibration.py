@@ -119,7 +119,8 @@ class Reference:
 def calibrate(learn: Learner, run: Run) -> Calibration:
     """Calibrate a trained learner on its validation part and keep the result in the run.
 
-    One pass over the validation images gives the temperature and, with the features of up to
+    One pass over the validation images gives the temperature, for which each photograph counts
+    once however many copies of it there are, and, with the features of up to
     2,000 training images without augmentation, the threshold of the distance: 95 % of the
     validation images lie within it, as in Sun et al. 2022.
 
@@ -152,7 +153,7 @@ def calibrate(learn: Learner, run: Run) -> Calibration:
     logits, features, targets = predict_with_features(learn, learn.dls.valid)
     assert targets is not None  # validation images have labels
     labels = targets.numpy()
-    temperature = fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels, photo_weights(learn.dls.valid_ds.items))
 
     table = reference_table(learn.dls.train_ds.items, seed=config.seed)
     images = image_dls(
@@ -198,7 +199,9 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return torch.from_numpy(logits / temperature).softmax(dim=1).numpy()
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+def fit_temperature(
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> float:
     """The temperature with the least cross-entropy (Guo et al. 2017), 0.05 to 20.
 
     Where every image is right, the least is at no temperature at all: the surer the better.
@@ -209,6 +212,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     Args:
         logits: float (n, classes).
         labels: int (n,), the true classes.
+        weights: float (n,), how much each image counts; all the same if None.
     """
     n, classes = logits.shape
     values = torch.from_numpy(logits).double()
@@ -217,10 +221,19 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     def cross_entropy(log_temperature: float) -> float:
         scaled = values / np.exp(log_temperature)
-        return float(-(targets * scaled.log_softmax(dim=1)).sum(dim=1).mean())
+        losses = -(targets * scaled.log_softmax(dim=1)).sum(dim=1)
+        return float(np.average(losses, weights=weights))
 
     found = minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded")
     return float(np.exp(found.x))
+
+
+def photo_weights(table: pd.DataFrame) -> np.ndarray:
+    """How much each image counts if every photograph counts the same, float64 (n,): copies are
+    right and wrong together, and 155 of one odd cell would decide everything. Without a column
+    ``photo`` every image counts as its own."""
+    photos = table.photo if "photo" in table else table.path
+    return 1 / photos.map(photos.value_counts()).to_numpy(float)
 
 
 def reference_table(table: pd.DataFrame, n: int = REFERENCE_IMAGES, seed: int = 42) -> pd.DataFrame:

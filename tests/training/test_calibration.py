@@ -15,6 +15,7 @@ from bloodcell_fastai.training.calibration import (
     calibrate,
     count_neighbours,
     fit_temperature,
+    photo_weights,
     predict_with_features,
     probability_error,
     reference_table,
@@ -62,6 +63,18 @@ def test_the_temperature_undoes_a_false_confidence(factor):
     assert probability_error(softmax(logits * factor, temperature), labels) < 0.02
     if factor != 1:
         assert probability_error(softmax(logits * factor), labels) > 0.1
+
+
+def test_many_copies_of_one_photograph_count_once():
+    logits, labels = honest(500)
+    odd = np.argmin(logits, axis=1)[:1]  # a photograph that is surely taken for something else
+    copies = np.concatenate([logits, logits[:1].repeat(400, axis=0)])
+    of_copies = np.concatenate([odd, labels[1:], odd.repeat(400)])
+    photos = pd.DataFrame({"photo": [*map(str, range(500)), *["0"] * 400]})
+    once = fit_temperature(logits, np.concatenate([odd, labels[1:]]))
+    weighted = fit_temperature(copies, of_copies, photo_weights(photos))
+    assert weighted == pytest.approx(once, rel=0.02)
+    assert fit_temperature(copies, of_copies) > 2 * once
 
 
 def test_no_error_at_all_is_not_taken_for_certainty():
@@ -182,6 +195,18 @@ def test_a_run_keeps_its_calibration(calibrated, learn, table):
     distances, rows = alone.nearest(same)
     assert rows.tolist() == list(range(8))
     assert distances.max() < 0.05 < calibration.distance_threshold
+
+
+def test_every_photograph_counts_once_for_the_temperature(calibrated, learn):
+    _, calibration = calibrated
+    with learn.no_bar():
+        logits, _, targets = predict_with_features(learn, learn.dls.valid)
+    photos = learn.dls.valid_ds.items.photo
+    assert photos.value_counts().nunique() > 1
+    labels = targets.numpy()
+    expected = fit_temperature(logits, labels, photo_weights(learn.dls.valid_ds.items))
+    assert calibration.temperature == pytest.approx(expected, rel=1e-3)
+    assert calibration.temperature != pytest.approx(fit_temperature(logits, labels), rel=1e-2)
 
 
 def test_another_model_drops_the_calibration(calibrated, learn, tmp_path):
