@@ -269,7 +269,7 @@ def test_folds_predict_together(folds, paths, tta, tmp_path):
     table = Predictor.load(folds, tta=tta)(images)
     single = [Predictor.load(folds.fold(number), tta=tta)(images) for number in (1, 2)]
     shares = [part.filter(like="p_").to_numpy() for part in single]
-    assert np.abs(shares[0] - shares[1]).max() > 0.01
+    assert np.abs(shares[0] - shares[1]).max() > 1e-3  # so that their mean is neither
     assert np.allclose(table.filter(like="p_"), np.mean(shares, axis=0), atol=1e-6)
     assert (table.confidence == table.filter(like="p_").max(axis=1)).all()
     distances = np.stack([part.distance for part in single])
