@@ -94,7 +94,8 @@ def predicted(technique: str, split: pd.DataFrame, args: argparse.Namespace) -> 
 
 def cross_validated(technique: str, table: pd.DataFrame, args: argparse.Namespace) -> Evaluation:
     """The pooled predictions of a technique; what is finished is not done again."""
-    file = args.out / f"{technique.replace(' ', '-')}.csv"
+    how = f"{args.copies}-copies-{args.folds}-folds-{args.epochs}-epochs-{args.size}-px"
+    file = args.out / f"{technique.replace(' ', '-')}-{how}.csv"
     if not file.exists():
         folds = split_folds(table, args.folds, 42)
         pd.concat([predicted(technique, split, args) for split in folds]).to_csv(file, index=False)

@@ -23,11 +23,13 @@ DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcel
   recipe's cross-validation answer together. The look is appended to docs/test_looks.csv, whatever
   it shows.
 
-What is finished is not done again: the folder ``--out`` keeps the runs.
+What is finished is not done again: the folder ``--out`` keeps the runs, those of other fit options
+or another number of folds apart.
 """
 
 import argparse
 import datetime
+import re
 import subprocess
 import sys
 from functools import partial
@@ -107,9 +109,9 @@ def cross_validated(recipe: str, data: Path, args: argparse.Namespace) -> Evalua
 def _folds(recipe: str, data: Path, args: argparse.Namespace) -> Run:
     """A cross-validation on a folder."""
     name = "-".join([data.name, *recipe.replace("'", "").split()])
-    run = Run(args.out / "runs" / name)
+    run = Run(args.runs / name)
     if not (run.path / "metrics.json").is_file():
-        own = ["--folds", args.folds, "--name", name, "--runs", args.out / "runs"]
+        own = ["--folds", args.folds, "--name", name, "--runs", args.runs]
         started = ["--resume"] if run.path.is_dir() else []
         bloodcell("fit", "--data", data, *own, *args.fit, *RECIPES[recipe], *started)
     return run
@@ -127,8 +129,8 @@ def across(recipe: str, source: Path, target: Path, args: argparse.Namespace) ->
 def _trained(what: str, recipe: str, data: Path, args: argparse.Namespace) -> Run:
     """One training on a folder, a fifth of its photographs choosing the epoch."""
     name = "-".join([what, data.name, *recipe.replace("'", "").split()])
-    run = Run(args.out / "runs" / name)
-    own = ["--data", data, "--split", "photo", "--name", name, "--runs", args.out / "runs"]
+    run = Run(args.runs / name)
+    own = ["--data", data, "--split", "photo", "--name", name, "--runs", args.runs]
     if not run.finished:
         started = ["--resume"] if run.started else []
         bloodcell("fit", *own, *args.fit, *RECIPES[recipe], *started)
@@ -169,7 +171,8 @@ def difference(evaluation: Evaluation, first: Evaluation) -> list[str]:
     low, high = np.percentile(resampled, [2.5, 97.5])
     won, lost = int((gains > 0).sum()), int((gains < 0).sum())
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    return [f"{gains.mean():+.1%} ({low:+.1%} to {high:+.1%})", f"{won} : {lost}", f"{p:.3f}"]
+    p_value = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return [f"{gains.mean():+.1%} ({low:+.1%} to {high:+.1%})", f"{won} : {lost}", p_value]
 
 
 def _right(evaluation: Evaluation) -> pd.Series:
@@ -231,6 +234,8 @@ def main() -> None:
     args.fit = sys.argv[split + 1 :]
     if args.look and not args.why:
         parser.error("a look at TEST needs a --why, which goes into the table of looks")
+    options = re.sub(r"[^\w.]+", "-", " ".join([f"{args.folds} folds", *args.fit]))
+    args.runs = args.out / "runs" / options
 
     dataset = open_dataset(args.data, home=args.out / "data")
     table = with_photos(dataset.table, dataset.root)
