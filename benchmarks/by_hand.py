@@ -9,6 +9,7 @@ against the first. No epoch is chosen: what the last one leaves is scored.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -65,39 +66,65 @@ def leave(learn: Learner) -> None:
     """The learner as the library makes it."""
 
 
-TECHNIQUES: dict[str, tuple[dict, dict, Callable[[Learner], None]]] = {
-    # what differs in the batches, in the learner, and what is done to it before the long cycle
-    "plain": ({}, {}, leave),
-    "random erasing": ({"batch_tfms": [*augmentation(), RandomErasing(p=0.5)]}, {}, leave),
-    "no label smoothing": ({}, {"label_smoothing": 0.0}, leave),
-    "layer-wise rates": ({}, {}, layer_wise),
-    "average of weights": ({}, {}, add(AverageWeights)),
-    "cutmix": ({}, {}, add(CutMix)),
+def originals(split: pd.DataFrame, photographs: dict[str, str]) -> pd.DataFrame:
+    """Every training copy gives way to its photograph; the images validated on stay copies."""
+    given_way = (split.part == "train") & split.photo.isin(photographs.keys())
+    return split.assign(path=split.path.mask(given_way, split.photo.map(photographs)))
+
+
+def half_originals(split: pd.DataFrame, photographs: dict[str, str]) -> pd.DataFrame:
+    """Every second training copy of a photograph gives way to it."""
+    second = split.groupby(["photo", "label"]).cumcount() % 2 == 1
+    return split.assign(path=originals(split, photographs).path.where(second, split.path))
+
+
+@dataclass(frozen=True)
+class Technique:
+    """What differs from a training as the library makes it."""
+
+    batches: dict = field(default_factory=dict)
+    learner: dict = field(default_factory=dict)
+    change: Callable[[Learner], None] = leave  # what is done to it before the long cycle
+    images: Callable[[pd.DataFrame, dict[str, str]], pd.DataFrame] = lambda split, _: split
+
+
+TECHNIQUES = {
+    "plain": Technique(),
+    "random erasing": Technique({"batch_tfms": [*augmentation(), RandomErasing(p=0.5)]}),
+    "no label smoothing": Technique(learner={"label_smoothing": 0.0}),
+    "layer-wise rates": Technique(change=layer_wise),
+    "average of weights": Technique(change=add(AverageWeights)),
+    "cutmix": Technique(change=add(CutMix)),
+    "originals": Technique(images=originals),
+    "half originals": Technique(images=half_originals),
 }
 
 
 def predicted(technique: str, split: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
     """Train on one split; the predictions for its validation part."""
-    batches, learner, change = TECHNIQUES[technique]
+    made = TECHNIQUES[technique]
     set_seed(42)
-    dls = blood_dls(split, size=args.size, bs=32, **batches)
-    learn = blood_learner(dls, wd=0.01, **learner)
+    dls = blood_dls(split, size=args.size, bs=32, **made.batches)
+    learn = blood_learner(dls, wd=0.01, **made.learner)
     learn.rates = slice(1e-3 / 3, 1e-3)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, 1e-3)
         learn.unfreeze()
-        change(learn)
+        made.change(learn)
         learn.create_opt()
         learn.fit_one_cycle(args.epochs - 1, learn.rates)
     return evaluate(learn).predictions
 
 
-def cross_validated(technique: str, table: pd.DataFrame, args: argparse.Namespace) -> Evaluation:
+def cross_validated(
+    technique: str, table: pd.DataFrame, photographs: dict[str, str], args: argparse.Namespace
+) -> Evaluation:
     """The pooled predictions of a technique; what is finished is not done again."""
     how = f"{args.copies}-copies-{args.folds}-folds-{args.epochs}-epochs-{args.size}-px"
     file = args.out / f"{technique.replace(' ', '-')}-{how}.csv"
     if not file.exists():
-        folds = split_folds(table, args.folds, 42)
+        images = TECHNIQUES[technique].images
+        folds = [images(split, photographs) for split in split_folds(table, args.folds, 42)]
         pd.concat([predicted(technique, split, args) for split in folds]).to_csv(file, index=False)
     return Evaluation(pd.read_csv(file), tuple(sorted(set(table.label))))
 
@@ -120,7 +147,8 @@ def main() -> None:
     few = few_copies(table[table.subset == "TRAIN"], args.copies, per_class=10_000)
     folder = open_dataset(str(write_folder(few, args.out / f"train-{args.copies}")))
     images = with_photos(folder.table, folder.root)
-    results = {name: cross_validated(name, images, args) for name in args.techniques}
+    photographs = {path.stem: str(path) for path in dataset.originals}
+    results = {name: cross_validated(name, images, photographs, args) for name in args.techniques}
     print_table(f"{args.folds} folds, {args.epochs} epochs, {args.size} px", results)
 
 
