@@ -2,6 +2,7 @@
 
     python benchmarks/honest.py DATA [--recipes cell frame ...] [--copies 8] -- FIT OPTIONS
     python benchmarks/honest.py DATA --across OTHER [--recipes ...] -- FIT OPTIONS
+    python benchmarks/honest.py DATA --also OTHER --recipes cell -- FIT OPTIONS
     python benchmarks/honest.py DATA --look cell --why "recipe of 1.0" -- FIT OPTIONS
 
 DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcell fit``, such as
@@ -15,8 +16,9 @@ DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcel
 - ``--across OTHER`` takes recipes from one laboratory to another instead: trained on TRAIN and
   scored on the classes that OTHER shares, and the other way round. The first weights must have seen
   neither.
-- ``--also OTHER`` adds another data set to what is trained on, where the classes agree, such as the
-  PBC set; it is for a look, whose TEST stays what it is.
+- ``--also OTHER`` trains on TRAIN and, where the classes agree, on another data set, such as the
+  PBC set. Alone it makes a classifier for both and scores nothing on TEST; with ``--look`` the TEST
+  stays what it is.
 - ``--look`` trains one recipe on all of TRAIN, a fifth of its photographs choosing the epoch, and
   scores it once on TEST, without the photographs whose field is in TRAIN too; what it is on all
   photographs of TEST stands beside it, as others report it. With ``--ensemble`` all models of the
@@ -243,13 +245,18 @@ def main() -> None:
     few = f"{args.copies}-{args.per_class}"
     other = args.across or args.also
     others = _few_of(other, sorted(set(train.label)), args) if other else train[:0]
-    if args.look:
-        test = table[table.subset == "TEST"]
+    if args.look or args.also:
         both = pd.concat([train, others], ignore_index=True)
         folder = write_folder(both, args.out / f"train{Path(args.also).stem}-{few}")
+    if args.look:
+        test = table[table.subset == "TEST"]
         found = pd.DataFrame([look(folder, test, test.photo.isin(train.photo), args)])
         found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
         print(found.T.to_string(header=False))
+        return
+    if args.also:
+        for name in args.recipes:
+            print("bloodcell predict IMAGES --run", _trained("on", name, folder, args).path)
         return
     here = write_folder(train, args.out / f"train-{few}")
     if args.across:
