@@ -59,6 +59,13 @@ def test_the_crop_is_a_square_inside_the_frame_with_the_cell_in_it(photographs):
         assert top < cell.y < bottom
 
 
+def test_the_nucleus_is_whole_in_the_crop(photographs):
+    for image, _ in photographs:
+        left, top, right, bottom = crop_box(Image.fromarray(image), "cell")
+        seen = find_nucleus(image[top:bottom, left:right])
+        assert seen.side / find_nucleus(image).side == pytest.approx(1, abs=0.2)
+
+
 def test_without_a_cell_the_middle_is_taken():
     assert crop_box(grey(80, 60), "cell") == (10, 0, 70, 60)
     assert crop_box(grey(60, 80), "cell") == (0, 10, 60, 70)
