@@ -1,39 +1,43 @@
-"""The ``bloodcell`` commands: the door to the library, with no logic of its own.
+"""The ``bloodcell`` commands: they parse their arguments, call the library and print.
 
 torch and fastai take seconds to import, so every command imports what it needs when it runs.
 """
 
 import contextlib
+import functools
+import inspect
 import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 from typer import Abort
 from typer.exceptions import TyperException
+from typer.main import get_command
 
-from .config import Config
-from .errors import BloodcellError, disk_error, printable, usage_error
+from .config import Config, flags
+from .errors import BloodcellError, UsageError, disk_error, printable
 from .reporter import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .serving.inference import Outcome
-    from .training.runs import Run
+    from .model.runs import Run
+    from .serving.predict import Outcome
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is: names of files hold no markup and give no orders."""
+    """A console that shows text as it is: markup and control characters in it do nothing."""
 
     def render_str(self, text: str, **options) -> Text:
         """Text without markup, emoji codes and control characters."""
@@ -49,19 +53,51 @@ app = typer.Typer(
 )
 console = PlainConsole(highlight=False, soft_wrap=True)
 errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
-DEFAULTS = Config()
 MOST_ROWS = 50  # of a table in the terminal
 INTERRUPTED = 130  # exit code after Ctrl-C
 
-Data = Annotated[
-    str | None,
-    typer.Option("--data", help="Kaggle zip, a folder with one sub-folder per class, or 'demo'."),
+Data = Annotated[str | None, typer.Option("--data", help=Config.model_fields["data"].description)]
+MovedData = Annotated[
+    str | None, typer.Option("--data", help="Folder of the run's images, if they have moved.")
+]
+Device = Annotated[str, typer.Option(help=Config.model_fields["device"].description)]
+MinConfidence = Annotated[
+    float, typer.Option(help="Flag images of a lower confidence as uncertain, 0 to 1.")
 ]
 Model = Annotated[
-    str | None,
-    typer.Argument(help="Name, folder, or pbc; the newest if none, pbc if there is no run."),
+    str | None, typer.Argument(help="Name or folder of a run; default: the newest, or pbc.")
 ]
-Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
+_run_option = functools.partial(typer.Option, rich_help_panel="Run")
+
+
+def _takes_config(command: Callable[..., None]) -> Callable[..., None]:
+    """A decorator: the command gets an option for every field of :class:`Config`, and a config
+    made of these in the place of its first argument. The config checks the values, not Typer."""
+    _, *others = inspect.signature(command).parameters.values()
+    parameters = [*map(_config_option, Config.model_fields), *others]
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        config = Config(**{name: values.pop(name) for name in Config.model_fields})
+        command(config, **values)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
+def _config_option(name: str) -> inspect.Parameter:
+    field = Config.model_fields[name]
+    option = typer.Option(
+        *flags(name),
+        help=field.description,
+        rich_help_panel=field.title,
+        metavar={int: "<int>", float: "<float>"}.get(field.annotation),  # type: ignore[arg-type]
+        show_default=field.default != "",
+    )
+    kind, annotation = inspect.Parameter.POSITIONAL_OR_KEYWORD, Annotated[str, option]
+    return inspect.Parameter(name, kind, default=str(field.default), annotation=annotation)
 
 
 @app.callback()
@@ -74,55 +110,56 @@ def _options(
 @app.command("data")
 def describe_data(
     data: Data = None,
-    out: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path(
+    out: Annotated[Path, typer.Option(help="File for the contact sheet.")] = Path(
         "data/contact-sheet.png"
     ),
     clear_cache: Annotated[
-        bool, typer.Option("--clear-cache", help="Remove the decoded images of all sets, stop.")
+        bool, typer.Option("--clear-cache", help="Only remove the decoded images of all data.")
     ] = False,
 ) -> None:
-    """Fetch, unpack, check and describe the images."""
-    if clear_cache:
-        from .data.pixels import cache_root
-        from .data.pixels import clear_cache as remove
-
-        console.print(f"{remove() / 1e6:,.0f} MB of decoded images removed from {cache_root()}")
-        return
-    from .analysis.figures import contact_sheet, save_figure
-    from .data.dataset import open_dataset
-
+    """Find, unpack, check and describe the images."""
     reporter = TerminalReporter()
+    if clear_cache:
+        from .data.cache import cache_root
+        from .data.cache import clear_cache as remove
+
+        reporter.say(f"{remove() / 1e6:,.0f} MB of decoded images removed from {cache_root()}")
+        return
+    from .data.datasets import open_dataset
+    from .evaluation.figures import contact_sheet, save_figure
+
     dataset = open_dataset(data, progress=reporter.progress)
     for warning in dataset.warnings:
         reporter.warn(warning)
-    console.print(f"{dataset.root}: {len(dataset.table):,} images")
+    reporter.say(f"{dataset.root}: {len(dataset.table):,} images")
     _print_table(dataset.counts_with_totals.reset_index(), "Images per subset and class")
     sizes = ", ".join(f"{w}x{h} ({n:,} images)" for (w, h), n in dataset.sizes.items())
-    console.print(f"Sizes: {sizes}")
-    console.print(f"Original photographs beside them: {len(dataset.originals):,}")
-    console.print(f"Unreadable files: {len(dataset.unreadable):,}")
+    reporter.say(f"Sizes: {sizes}")
+    reporter.say(f"Images whose photograph is known: {dataset.n_known:,}")
+    reporter.say(f"Original photographs beside them: {len(dataset.originals):,}")
+    reporter.say(f"Unreadable files: {len(dataset.unreadable):,}")
     for path in dataset.unreadable:
-        console.print("  " + str(path).replace("\n", "\\n"))
+        reporter.say("  " + _one_line(str(path)))
     save_figure(contact_sheet(dataset.table), out)
-    console.print(f"Contact sheet: {out}")
+    reporter.say(f"Contact sheet: {out}")
 
 
 @app.command()
 def audit(
     data: Data = None,
-    out: Annotated[Path, typer.Option(help="Folder for photos.csv, audit.json, pictures.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for photos.csv, audit.json, figures.")] = Path(
         "audit"
     ),
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Find the photographs anew from the pixels.")
+        bool, typer.Option("--rebuild", help="Find the photographs again from the pixels.")
     ] = False,
-    run: Annotated[str | None, typer.Option(help="Look at the split of this run too.")] = None,
+    run: Annotated[str | None, typer.Option(help="Also check the split of this run.")] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Find the photograph behind each image, and how far each split leaks."""
-    from .analysis.audit import audit, describe_audit, write_audit
-    from .data.dataset import open_dataset
-    from .training.runs import Run
+    """Find the photograph behind each image, and the leakage of each split."""
+    from .data.datasets import open_dataset
+    from .evaluation.audit import audit, describe_audit, write_audit
+    from .model.runs import Run
 
     reporter = TerminalReporter()
     chosen = Run.open(run, runs) if run else None
@@ -130,181 +167,114 @@ def audit(
     for warning in dataset.warnings:
         reporter.warn(warning)
     result = audit(dataset, rebuild, chosen, reporter.progress)
-    console.print(describe_audit(result))
+    reporter.say(describe_audit(result))
     written = write_audit(result, out, dataset.root)
-    console.print(f"Written: {', '.join(map(str, written))}")
+    reporter.say(f"Written: {', '.join(map(str, written))}")
 
 
 @app.command()
+@_takes_config
 def fit(
-    data: Data = None,
-    epochs: Annotated[int, typer.Option(help="Epochs in all, the frozen ones included.")] = 20,
-    split: Annotated[str, typer.Option(help="photo, official or random.")] = DEFAULTS.split,
-    arch: Annotated[str, typer.Option(help="Any architecture of timm.")] = DEFAULTS.arch,
-    weights: Annotated[str, typer.Option(help="auto, pbc, imagenet, none or a file.")] = "auto",
-    size: Annotated[int, typer.Option(help="Side of the input, in pixels.")] = DEFAULTS.size,
-    crop: Annotated[
-        str, typer.Option(help="cell: a square around the white cell; frame: all of it.")
-    ] = DEFAULTS.crop,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
-    lr: Annotated[str, typer.Option(help="Maximum learning rate, or auto: lr_find.")] = "1e-3",
-    wd: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULTS.wd,
-    freeze_epochs: Annotated[
-        int, typer.Option(help="Epochs that train the head alone; -1: 1 if pretrained.")
-    ] = DEFAULTS.freeze_epochs,
-    label_smoothing: Annotated[
-        float, typer.Option(help="Of the loss, 0 to 1.")
-    ] = DEFAULTS.label_smoothing,
-    freeze_norm: Annotated[
-        bool, typer.Option("--freeze-norm", help="Keep batch normalisation's statistics.")
-    ] = DEFAULTS.freeze_norm,
-    mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0: none.")] = DEFAULTS.mixup,
-    patience: Annotated[
-        int, typer.Option(help="Stop after so many epochs without progress; 0: never.")
-    ] = DEFAULTS.patience,
-    flip: Annotated[bool, typer.Option(help="Flip both ways.")] = DEFAULTS.flip,
-    rotate: Annotated[float, typer.Option(help="Rotate by up to so many degrees.")] = 180.0,
-    zoom: Annotated[float, typer.Option(help="Zoom by up to this, in and out.")] = DEFAULTS.zoom,
-    warp: Annotated[float, typer.Option(help="Strength of the perspective.")] = DEFAULTS.warp,
-    lighting: Annotated[
-        float, typer.Option(help="Strength of brightness and contrast.")
-    ] = DEFAULTS.lighting,
-    stain: Annotated[
-        float, typer.Option(help="Change of the dyes and of the tint, 0 to 1.")
-    ] = DEFAULTS.stain,
-    sharpness: Annotated[
-        float, typer.Option(help="Blurred and sharpened by up to this share, 0 to 1.")
-    ] = DEFAULTS.sharpness,
-    noise: Annotated[
-        float, typer.Option(help="Largest standard deviation, of colours from 0 to 1.")
-    ] = DEFAULTS.noise,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
-    workers: Annotated[int, typer.Option(help="Decoding threads; -1: by the machine.")] = -1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    compile: Annotated[str, typer.Option(help="torch.compile on CUDA: auto, yes, no.")] = "auto",
-    folds: Annotated[
-        int, typer.Option(help="Train once per fold of the photographs; 0: a single split.")
-    ] = DEFAULTS.folds,
-    name: Annotated[str | None, typer.Option(help="Name of the run; the time if left out.")] = None,
-    runs: Runs = Path("runs"),
-    resume_run: Annotated[
-        bool, typer.Option("--resume", help="Go on with --name, or the newest unfinished run.")
+    config: Config,
+    name: Annotated[str | None, _run_option(help="Name of the run; default: the time.")] = None,
+    runs: Annotated[Path, _run_option(help="Folder of the runs.")] = Path("runs"),
+    resume: Annotated[
+        bool,
+        _run_option(
+            "--resume", help="Continue --name, or the newest unfinished run; uses --data only."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write the plan, print it with the time, stop.")
+        bool, _run_option("--dry-run", help="Only write and print the plan and the time.")
     ] = False,
 ) -> None:
     """Train a model and keep its best epoch."""
-    if resume_run:
-        with _processes() as reporter:
-            _resume(name, runs, reporter)
-        return
-    config = Config(
-        data=data or "",
-        split=split,
-        arch=arch,
-        weights=weights,
-        size=size,
-        crop=crop,
-        epochs=epochs,
-        freeze_epochs=freeze_epochs,
-        batch_size=batch_size,
-        lr=_learning_rate(lr),
-        wd=wd,
-        label_smoothing=label_smoothing,
-        freeze_norm=freeze_norm,
-        mixup=mixup,
-        patience=patience,
-        seed=seed,
-        flip=flip,
-        rotate=rotate,
-        zoom=zoom,
-        warp=warp,
-        lighting=lighting,
-        stain=stain,
-        sharpness=sharpness,
-        noise=noise,
-        workers=workers,
-        device=device,
-        compile=compile,
-        folds=folds,
-    )
     with _processes() as reporter:
-        if not folds:
-            from .training.workflow import train
+        if resume:
+            _resume(name, runs, config.data or None, reporter)
+        elif config.folds:
+            from .evaluation.cross_validation import cross_validate
+
+            run = cross_validate(config, runs, name, dry_run, reporter)
+            if not dry_run:
+                _print_results(run, reporter)
+        else:
+            from .training.train import train
 
             train(config, runs, name, dry_run, reporter)
-            return
-        from .analysis.crossval import cross_validate
-
-        run = cross_validate(config, runs, name, dry_run, reporter)
-        if not dry_run:
-            _print_results(run, reporter)
 
 
-def _resume(name: str | None, runs: Path, reporter: Reporter) -> None:
-    from .training.runs import Run, newest_unfinished
-    from .training.workflow import resume
+def _resume(name: str | None, runs: Path, data: str | None, reporter: Reporter) -> None:
+    from .model.runs import Run, newest_unfinished
+    from .training.train import resume
 
     run = Run.open(name, runs) if name else newest_unfinished(runs)
     if not run.config.folds:
-        resume(runs, str(run.path), reporter)
+        resume(runs, str(run.path), reporter, data)
         return
-    from .analysis.crossval import resume_folds
+    from .evaluation.cross_validation import resume_folds
 
-    _print_results(resume_folds(run, reporter), reporter)
+    _print_results(resume_folds(Run(run.path, data), reporter), reporter)
+
+
+def _print_results(run: "Run", reporter: Reporter) -> None:
+    from .evaluation.interpretation import read_results, summarise
+
+    reporter.say(summarise(read_results(run), run.config))
 
 
 @contextlib.contextmanager
 def _processes() -> Iterator[Reporter]:
     """A block in which the processes that ``accelerate launch`` started, if it did, are one job;
     the first of them reports."""
-    from .processes import joined
+    from .distributed import joined, rank
 
-    with joined() as share:
-        yield TerminalReporter() if share.rank == 0 else SilentReporter()
+    with joined():
+        yield SilentReporter() if rank() else TerminalReporter()
 
 
 @app.command()
 def interpret(
-    run: Annotated[str | None, typer.Argument(help="Name or folder; the newest if none.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(help="Name or folder of a run; default: the newest.")
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Another data set to score it on: a zip or a folder.")
+        str | None,
+        typer.Option(help="Another data set to evaluate on; or the run's own, if it has moved."),
     ] = None,
     subset: Annotated[
-        str | None, typer.Option(help="The only folder of --data to look at, such as TEST.")
+        str | None, typer.Option(help="Evaluate on this folder of --data only, such as TEST.")
     ] = None,
     stress: Annotated[
         bool,
-        typer.Option("--stress", help="Also under other stain, light, focus, noise, scale …"),
+        typer.Option("--stress", help="Also measure robustness to stain, light, focus, noise, …"),
     ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Score a run on its validation images, or on other data: report, matrix, top losses."""
-    from .analysis.interpretation import interpret_external, interpret_run, summarise
-    from .analysis.stress import describe_stress, read_stress
-    from .training.runs import Run
+    """Evaluate a run on its validation images or on other data; write metrics and a report."""
+    from .data.datasets import open_dataset
+    from .evaluation.interpretation import interpret_external, interpret_run, summarise
+    from .evaluation.robustness import describe_robustness, read_robustness
+    from .model.runs import Run
 
     if subset and not data:
-        raise usage_error("--subset is a part of --data, which is missing.", "Give --data.")
+        raise UsageError("`subset` is a part of `data`, which is missing.", "Give `data`.")
+    reporter = TerminalReporter()
     chosen = Run.open(run, runs)
-    if data and stress:
-        raise usage_error("--stress is for a run's own images.", "Leave out --data or --stress.")
-    if data:
-        from .data.dataset import open_dataset
-
-        dataset = open_dataset(data, progress=TerminalReporter().progress)
+    dataset = open_dataset(data, progress=reporter.progress) if data else None
+    moved = chosen.moved_to(dataset.root) if dataset and not subset else None
+    if dataset and not moved:
+        if stress:
+            raise UsageError("`stress` is for a run's own images.", "Leave out `data` or `stress`.")
         result, external, folder = interpret_external(chosen, dataset, subset)
-        console.print(summarise(result, chosen.config, external))
-        files = "predictions.csv, unknown.csv, metrics.json, report/index.html"
-        console.print(f"Written to {folder}: {files}")
-        return
-    console.print(
-        summarise(interpret_run(chosen, stress, TerminalReporter().progress), chosen.config)
-    )
-    if (measured := read_stress(chosen)) is not None:
-        console.print(describe_stress(measured))
-    console.print(f"Written to {chosen.path}: predictions.csv, metrics.json, report/index.html")
+        reporter.say(summarise(result, chosen.config, external))
+    else:
+        chosen = moved or chosen
+        folder = chosen.path
+        reporter.say(summarise(interpret_run(chosen, stress, reporter.progress), chosen.config))
+        if (measured := read_robustness(chosen)) is not None:
+            reporter.say(describe_robustness(measured))
+    reporter.say(f"Written to {folder}: predictions.csv, metrics.json, report/index.html")
 
 
 @app.command()
@@ -314,28 +284,29 @@ def predict(
         typer.Argument(help="Images, folders, patterns, a .txt of paths, or - for such lines."),
     ],
     run: Annotated[
-        str | None,
-        typer.Option(help="Name, folder, or pbc; the newest if none, pbc if there is no run."),
+        str | None, typer.Option(help="Name or folder of a run; default: the newest, or pbc.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl file to write.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an --out that was cut off.")
+        bool, typer.Option("--resume", help="Continue an --out that was interrupted.")
     ] = False,
     tta: Annotated[
         bool, typer.Option("--tta", help="Average over 8 views of each image; 8 times as long.")
     ] = False,
-    min_confidence: Annotated[
-        float, typer.Option(help="Flag images below it for a person to look at, 0 to 1.")
-    ] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    min_confidence: MinConfidence = 0.0,
+    data: MovedData = None,
+    device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
-    """Tell the class of images, with probabilities, and flag those to look at."""
-    from .serving.inference import Predictor, find_images, predict
-    from .training.runs import open_model
+    """Predict the class of images, with probabilities, and flag those for manual review."""
+    from .model.inference import Predictor
+    from .model.runs import open_model
+    from .serving.predict import find_images, predict
 
     with _processes() as reporter:
-        predictor = Predictor.load(open_model(run, runs, reporter), tta, min_confidence, device)
+        predictor = Predictor.load(
+            open_model(run, runs, reporter, data), tta, min_confidence, device
+        )
         images = find_images(paths, sys.stdin)
         outcome = predict(predictor, images, out, resume, reporter.progress)
     if isinstance(reporter, TerminalReporter):
@@ -349,20 +320,21 @@ def _print_outcome(outcome: "Outcome", out: Path | None) -> None:
         if len(shown) > MOST_ROWS:
             console.print(f"{len(shown) - MOST_ROWS:,} more rows.")
         console.print("All rows and the probability of every class: --out FILE.csv")
-    console.print(_count_predictions(outcome, out))
+    console.print(f"{outcome}" + (f"; written to {out}" if out else ""))
     if outcome.unreadable:
         errors.print(f"Unreadable, left out ({len(outcome.unreadable):,}):")
-        for path in outcome.unreadable:
-            errors.print("  " + path.replace("\n", "\\n"))
+        for path, reason in outcome.unreadable.items():
+            errors.print("  " + _one_line(f"{path}: {reason}"))
         raise typer.Exit(1)
 
 
 @app.command()
 def export(
     run: Model = None,
-    format: Annotated[str, typer.Option(help="onnx, timm, fastai or ready.")] = "timm",
+    format: Annotated[str, typer.Option(help="onnx, timm, fastai or bundle.")] = "timm",
+    data: MovedData = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; RUN/export/FORMAT if left out.")
+        Path | None, typer.Option(help="Folder to write; default: RUN/export/FORMAT.")
     ] = None,
     push_to_hub: Annotated[
         str | None,
@@ -371,11 +343,11 @@ def export(
     runs: Runs = Path("runs"),
 ) -> None:
     """Write the model of a run for use elsewhere, with a model card."""
+    from .model.runs import open_model
     from .serving.export import export_run
-    from .training.runs import open_model
 
     reporter = TerminalReporter()
-    export_run(open_model(run, runs, reporter), format, out, push_to_hub, reporter)
+    export_run(open_model(run, runs, reporter, data), format, out, push_to_hub, reporter)
 
 
 @app.command()
@@ -384,37 +356,24 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 opens it to the network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 7860,
-    min_confidence: Annotated[
-        float, typer.Option(help="Flag images below it for a person to look at, 0 to 1.")
-    ] = 0.5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="<int>", help="0 for a free one.")
+    ] = 7860,
+    root_path: Annotated[
+        str, typer.Option(help="Path of the page behind a reverse proxy, such as /bloodcell.")
+    ] = "",
+    data: MovedData = None,
+    min_confidence: MinConfidence = 0.5,
+    device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
-    """Open a web page and an HTTP endpoint that tell the class of images."""
+    """Serve a web page and an HTTP endpoint that predict the class of images."""
+    from .model.runs import open_model
     from .serving.app import serve
-    from .training.runs import open_model
 
     reporter = TerminalReporter()
-    serve(open_model(run, runs, reporter), host, port, min_confidence, device, reporter)
-
-
-def _print_results(run: "Run", reporter: Reporter) -> None:
-    from .analysis.interpretation import read_results, summarise
-
-    reporter.say(summarise(read_results(run), run.config))
-
-
-def _count_predictions(outcome: "Outcome", out: Path | None) -> str:
-    found = ", ".join(f"{name} {n:,}" for name, n in sorted(outcome.classes.items()))
-    flags = ", ".join(f"{n:,} {name}" for name, n in sorted(outcome.flags.items()))
-    return (
-        f"{outcome.n_images:,} images predicted"
-        + (f" to {out}" if out else "")
-        + (f": {found}" if found else "")
-        + (f"; flagged: {flags}" if flags else "")
-        + (f"; {outcome.already_done:,} were there already" if outcome.already_done else "")
-    )
+    chosen = open_model(run, runs, reporter, data)
+    serve(chosen, host, port, min_confidence, device, reporter, root_path)
 
 
 class TerminalReporter(Reporter):
@@ -425,11 +384,11 @@ class TerminalReporter(Reporter):
 
     def say(self, text: str) -> None:
         """Print a line."""
-        console.print(text)
+        console.print(_with_flags(text))
 
     def warn(self, text: str) -> None:
         """Print a frame that cannot be missed."""
-        frame = Panel(text, title="WARNING", border_style="bold yellow", style="bold")
+        frame = Panel(_with_flags(text), title="WARNING", border_style="bold yellow", style="bold")
         errors.print(frame, soft_wrap=False)  # or the frame would cut the text off
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -437,14 +396,8 @@ class TerminalReporter(Reporter):
         if not console.is_terminal:
             return
         if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
+            columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+            self._progress = Progress(*columns, console=console, transient=True)
             self._progress.add_task(what, total=total)
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=done)
@@ -459,7 +412,7 @@ def _print_table(table: "pd.DataFrame", title: str) -> None:
         numeric = table[name].dtype.kind in "if"
         grid.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
-        grid.add_row(*(_cell(value) for value in row))
+        grid.add_row(*map(_cell, row))
     console.print(grid)
 
 
@@ -469,16 +422,21 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _learning_rate(text: str) -> float:
-    """The number in ``--lr``; 0, which the config reads as "find it", for ``auto``."""
-    if text == "auto":
-        return 0.0
-    try:
-        if (value := float(text)) > 0:
-            return value
-    except ValueError:
-        pass
-    raise usage_error(f"lr is {text!r}.", "Give --lr auto or a number above 0, such as 1e-3.")
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+def _with_flags(text: str) -> str:
+    """``text`` of the library with its arguments in backticks as the options of the command that
+    runs, or else of ``fit``: ```bs=32``` becomes ``--batch-size 32``."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    running = next((word for word in sys.argv[1:] if word in commands), "fit")
+    flag = {
+        each.name: each.opts[0] if each.param_type_name == "option" else each.name.upper()
+        for each in (*commands["fit"].params, *commands[running].params)
+    }
+    named = re.compile(rf"`({'|'.join(flag)})(?:=([^`\n]*))?`")
+    return named.sub(lambda found: f"{flag[found[1]]} {found[2] or ''}".rstrip(), text)
 
 
 def main() -> None:
@@ -496,44 +454,38 @@ def main() -> None:
         code = app(prog_name="bloodcell", standalone_mode=False)
         if code == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
-    except BloodcellError as error:
-        if debug:
-            raise
-        code = _show_error(error)
-    except OSError as error:
-        if debug:
-            raise
-        code = _show_error(disk_error(error))
     except TyperException as error:  # a word the command line does not know
         command = context.command_path if (context := getattr(error, "ctx", None)) else "bloodcell"
         # Without a command Typer has printed the help and has no message of its own.
         message = error.format_message()
-        code = _show_error(usage_error(message, f"See {command} --help.")) if message else 2
+        code = _show_error(UsageError(message, f"See {command} --help.")) if message else 2
     except (Abort, KeyboardInterrupt):
         code = _show_error(
-            BloodcellError("Stopped.", "A fit goes on with: bloodcell fit --resume", INTERRUPTED)
+            BloodcellError("Stopped.", "Continue a fit with: bloodcell fit --resume", INTERRUPTED)
         )
     except Exception as error:
         if debug:
             raise
-        code = _show_error(_unexpected(error))
+        code = _show_error(_explained(error))
     raise SystemExit(code)
 
 
 def _accept_any_name() -> None:
     """Names of files may be in any encoding, and the terminal's may lack their letters."""
-    for stream, errors_mode in (
-        (sys.stdin, "surrogateescape"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-    ):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(ValueError):  # it is closed
-                stream.reconfigure(errors=errors_mode)
+                stream.reconfigure(
+                    errors="surrogateescape" if stream is sys.stdin else "backslashreplace"
+                )
 
 
-def _unexpected(error: Exception) -> BloodcellError:
-    reason = next(iter(str(error).strip().splitlines()), "")
+def _explained(error: Exception) -> BloodcellError:
+    if isinstance(error, BloodcellError):
+        return error
+    if isinstance(error, OSError):
+        return disk_error(error)
+    reason = str(error).strip().partition("\n")[0]
     return BloodcellError(
         f"Unexpected: {type(error).__name__}" + (f": {reason}" if reason else "."),
         "Run it again as bloodcell --debug ... and report what it shows.",
@@ -542,11 +494,11 @@ def _unexpected(error: Exception) -> BloodcellError:
 
 def _show_error(error: BloodcellError) -> int:
     if "RANK" in os.environ:  # of several processes
-        from .processes import speaks
+        from .distributed import speaks
 
         if not speaks(error):
             return error.exit_code
-    message, hint = (text.replace("\n", "\\n") for text in (error.message, error.hint))
+    message, hint = (_one_line(_with_flags(text)) for text in (error.message, error.hint))
     errors.print(Text(printable(f"Error: {message}"), style="bold red"))
     if hint:
         errors.print(Text(printable(f"Hint:  {hint}")))

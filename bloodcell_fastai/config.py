@@ -1,64 +1,62 @@
-"""Every choice of a run in one place: checked when made, saved as JSON beside the results."""
+"""The options of a run: each is declared once, in :class:`Config`.
 
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, get_type_hints
+The command line, the checks, the JSON, the table in the docs and :func:`fit_command` come from
+that declaration.
+"""
 
-from .errors import BloodcellError, usage_error
-from .files import read_json, write_json
+import os
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from .errors import UsageError
+
+T = TypeVar("T", bound="Config")
 
 DEFAULT_ARCH = "maxvit_nano_rw_256.sw_in1k"
-SPLITS = ("photo", "official", "random")
-CROPS = ("cell", "frame")
-COMPILE = ("auto", "yes", "no")
+MAX_BATCH_PIXELS = 2**32  # 52 GB as float32 numbers of three channels
+LONGEST_TEXT = 4096  # characters; so long may a path be on Linux
+MOST_ENTRIES = 1000
+
+Split = Literal["photo", "official", "random"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
-@dataclass(frozen=True)
-class Config:
-    """The options of a run and what they were resolved to.
+def _check_text(value: object) -> object:
+    """A path as text, within limits. Pydantic's own limits refuse names that are not UTF-8."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str) and (len(value) > LONGEST_TEXT or "\0" in value):
+        limits = f"Input should have at most {LONGEST_TEXT} characters, none of them NUL"
+        raise PydanticCustomError("text", limits)
+    return value
 
-    Options carry fastai's names where fastai has one. The attributes from ``classes`` on are
-    filled in by the run itself.
 
-    Attributes:
-        data: as for :func:`~bloodcell_fastai.open_dataset`; empty to find the data.
-        split: ``photo``, ``official`` or ``random``, see :func:`~bloodcell_fastai.split_table`.
-        arch: any architecture of timm's.
-        weights: what it starts from, see :func:`~bloodcell_fastai.blood_learner`.
-        size: side of the input, in pixels.
-        crop: ``cell`` or ``frame``, see :mod:`~bloodcell_fastai.data.framing`.
-        epochs: all of them.
-        freeze_epochs: of these the first ones, which train the head alone; -1 for one if the
-            weights are pretrained, else none.
-        batch_size: images.
-        lr: maximum learning rate of the one-cycle schedule; 0 to find it with ``lr_find``.
-        wd: weight decay.
-        label_smoothing: of the cross-entropy loss, 0 to 0.99.
-        freeze_norm: keep the statistics of batch normalisation.
-        mixup: fastai's ``alpha``; 0 for no mixup.
-        patience: epochs without progress after which training stops; 0 for never.
-        seed: of everything random.
-        flip: as ``rotate``, ``zoom``, ``warp``, ``lighting``, ``stain``, ``sharpness`` and
-            ``noise`` an argument of :func:`~bloodcell_fastai.augmentation`.
-        rotate: largest angle, in degrees.
-        zoom: largest factor, in and out.
-        warp: fastai's ``max_warp``.
-        lighting: fastai's ``max_lighting``.
-        stain: change of the dyes and of the tint, 0 to 1.
-        sharpness: blurred and sharpened by up to this share, 0 to 1.
-        noise: largest standard deviation, of colours from 0 to 1.
-        workers: threads that decode images; -1 leaves it to the machine.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        compile: ``auto``, ``yes`` or ``no``, for ``torch.compile`` on CUDA.
-        folds: how many, with split ``photo``; 0 for a single split.
-        classes: names in the order of the model's outputs.
-        pretrained: whether the first weights came from training of any kind.
-        weights_used: what ``weights`` came to, in a few words.
-        versions: of the libraries and of Python.
-        warnings: sentences that stand in the report's first lines.
+Text = Annotated[str, BeforeValidator(_check_text)]
+
+
+def _option(panel: str, default: Any, meaning: str, **limits: float) -> Any:
+    """The declaration of an option; ``panel`` is its group in ``bloodcell fit --help``."""
+    return Field(default, title=panel, description=meaning, **limits)  # type: ignore[call-overload]
+
+
+class Config(BaseModel):
+    """The options of a run, as they are asked for. They cannot be changed, only copied.
+
+    What each means, its range and its default are in :func:`options_table`. Options carry
+    fastai's names where fastai has one.
 
     Raises:
-        BloodcellError: a value is out of range; the message names the field.
+        UsageError: an option is unknown or its value is not allowed; the message names it.
 
     Examples:
         >>> from bloodcell_fastai import Config
@@ -68,154 +66,177 @@ class Config:
         >>> Config(size=16)
         Traceback (most recent call last):
             ...
-        bloodcell_fastai.errors.BloodcellError: size is 16, which makes no sense.
-        Give --size from 32 to 4096.
+        bloodcell_fastai.errors.UsageError: size is 16: input should be greater than or equal to 32.
+        Change `size` (default: 256): Input size, in pixels.
     """
 
-    data: str = ""
-    split: str = "photo"
-    arch: str = DEFAULT_ARCH
-    weights: str = "auto"
-    size: int = 256
-    crop: str = "cell"
-    epochs: int = 20
-    freeze_epochs: int = -1
-    batch_size: int = 64
-    lr: float = 1e-3
-    wd: float = 0.01
-    label_smoothing: float = 0.1
-    freeze_norm: bool = False
-    mixup: float = 0.0
-    patience: int = 0
-    seed: int = 42
-    flip: bool = True
-    rotate: float = 180.0
-    zoom: float = 1.25
-    warp: float = 0.1
-    lighting: float = 0.3
-    stain: float = 0.8
-    sharpness: float = 0.7
-    noise: float = 0.03
-    workers: int = -1
-    device: str = "auto"
-    compile: str = "auto"
-    folds: int = 0
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
-    classes: tuple[str, ...] = ()
-    pretrained: bool = False
-    weights_used: str = ""
-    versions: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    data: Text = _option(
+        "Data", "", "Zip, folder with a folder per class, or demo; empty: find or download."
+    )
+    split: Split = _option(
+        "Data", "photo", "photo (no photograph in both parts), official (the data's own) or random."
+    )
+    folds: int = _option(
+        "Data", 0, "Folds of a cross-validation, with split photo; 0: none.", ge=0, le=1000
+    )
+    arch: Text = _option("Model", DEFAULT_ARCH, "Any architecture of timm.")
+    weights: Text = _option(
+        "Model", "auto", "Initial weights: auto, pbc, imagenet, none or a file."
+    )
+    size: int = _option("Model", 256, "Input size, in pixels.", ge=32, le=4096)
+    crop: Literal["cell", "frame"] = _option(
+        "Model", "cell", "cell: square around the white cell; frame: whole image."
+    )
+    epochs: int = _option("Training", 20, "Total number of epochs.", ge=1, le=100_000)
+    freeze_epochs: int = _option(
+        "Training", -1, "First epochs, for the head alone; -1: 1 if pretrained.", ge=-1, le=100_000
+    )
+    bs: int = _option("Training", 64, "Batch size, in images.", ge=1, le=65_536)
+    lr: Annotated[float, Field(gt=0, le=10)] | Literal["auto"] = _option(
+        "Training", 1e-3, "Maximum learning rate, at most 10; auto: found with lr_find."
+    )
+    patience: int = _option(
+        "Training", 0, "Epochs without improvement before stopping; 0: never.", ge=0, le=100_000
+    )
+    seed: int = _option("Training", 42, "Random seed.", ge=0, le=2**32 - 1)
+    stain: float = _option(
+        "Augmentation", 0.8, "Strength of changes of stain and tint.", ge=0, le=1
+    )
+    sharpness: float = _option(
+        "Augmentation", 0.7, "Strength of blurring and sharpening.", ge=0, le=1
+    )
+    zoom: float = _option("Augmentation", 1.25, "Largest zoom factor, in and out.", ge=1, le=10)
+    workers: int = _option(
+        "Run", -1, "Threads that decode images; -1: as many as useful.", ge=-1, le=1024
+    )
+    device: Text = _option("Run", "auto", "auto, cpu, cuda, cuda:1 or mps.")
 
-    def __post_init__(self):
-        for name, low, high in _RANGES:
-            _check_range(name, getattr(self, name), low, high)
-        if self.batch_size * self.size**2 > MAX_BATCH_PIXELS:
-            raise usage_error(
-                f"batch_size is {self.batch_size}, which no memory holds at {self.size} px.",
-                "Use a smaller --batch-size or --size.",
+    if not TYPE_CHECKING:  # type checkers and editors take the arguments from the fields
+
+        def __init__(self, **values: Any):
+            fields = type(self).model_fields
+            if unknown := sorted(values.keys() - fields):
+                options = f"Options: {', '.join(fields)}."
+                raise UsageError(f"{unknown[0][:100]} is not an option.", options)
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise _usage_error(error) from None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        if self.bs * self.size**2 > MAX_BATCH_PIXELS:
+            raise UsageError(
+                f"bs is {self.bs} with size {self.size}; no memory holds such a batch.",
+                "Use a smaller `bs` or `size`.",
             )
-        _check_classes(self.classes)
-        if self.split not in SPLITS:
-            raise usage_error(f"split is {self.split!r}.", f"Use one of: {', '.join(SPLITS)}.")
-        if self.crop not in CROPS:
-            raise usage_error(f"crop is {self.crop!r}.", f"Use one of: {', '.join(CROPS)}.")
-        if self.compile not in COMPILE:
-            raise usage_error(f"compile is {self.compile!r}.", f"Use one of: {', '.join(COMPILE)}.")
-        if self.folds == 1 or (self.folds and self.split != "photo"):
-            raise usage_error(
-                f"folds is {self.folds} with split {self.split}.",
-                "Use --folds 2 or more, with --split photo.",
+        if self.folds == 1:
+            raise UsageError("folds is 1; it must be 0 or at least 2.", "Change `folds`.")
+        if self.folds and self.split != "photo":
+            raise UsageError(
+                f"folds is {self.folds} with split {self.split}; folds are made by photograph.",
+                "Use `split=photo` or leave out `folds`.",
             )
         if self.freeze_epochs >= self.epochs:
-            raise usage_error(
-                f"freeze_epochs ({self.freeze_epochs}) leaves nothing of {self.epochs} epochs.",
-                "Use more --epochs or fewer --freeze-epochs.",
+            raise UsageError(
+                f"freeze_epochs is {self.freeze_epochs}; it must be less than epochs, "
+                f"{self.epochs}.",
+                "Use more `epochs` or fewer `freeze_epochs`.",
             )
+        return self
+
+    def changed(self: T, **changes: Any) -> T:
+        """A copy with other values.
+
+        Raises:
+            UsageError: a value is not allowed.
+        """
+        return type(self)(**(self.model_dump() | changes))
+
+
+class ResolvedConfig(Config):
+    """What the options came to: the folder of the data, the learning rate as a number, the device.
+
+    Attributes:
+        classes: names of folders, in the order of the model's outputs.
+        pretrained: whether the initial weights come from any training.
+        initial_weights: what ``weights`` came to: ``none``, ``pbc (...)``, ``imagenet (...)`` or
+            a file.
+        versions: of Python and the libraries.
+        warnings: sentences for the top of the report.
+    """
+
+    classes: Annotated[tuple[Text, ...], Field(max_length=MOST_ENTRIES)] = ()
+    pretrained: bool = False
+    initial_weights: Text = ""
+    versions: Annotated[tuple[Text, ...], Field(max_length=MOST_ENTRIES)] = ()
+    warnings: Annotated[tuple[Text, ...], Field(max_length=MOST_ENTRIES)] = ()
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        """Each is the name of a folder, which a path may be made of."""
+        if len(set(classes)) < len(classes):
+            raise UsageError("classes holds a name twice.", "Was the config edited?")
+        for name in classes:
+            if name in ("", ".", "..") or "/" in name:
+                raise UsageError(
+                    f"classes holds {name!r}; it must be the name of a folder.",
+                    "Was the config edited?",
+                )
+        return classes
 
     @property
     def start(self) -> str:
         """What the model started from, in words."""
-        return "random weights" if self.weights_used == "none" else self.weights_used
-
-    def save(self, path: Path) -> None:
-        """Write the config to ``path`` as JSON."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Config":
-        """Read a config that :meth:`save` wrote.
-
-        Raises:
-            BloodcellError: the file is missing, is not JSON, or a field is unknown or of the
-                wrong type.
-        """
-        values = read_json(path, "Is this the folder of a run, as fit wrote it?")
-        values.setdefault("crop", "frame")  # a run from before there was a choice
-        return cls(**{name: _typed(name, value, path) for name, value in values.items()})
+        return "random weights" if self.initial_weights == "none" else self.initial_weights
 
 
-MAX_BATCH_PIXELS = 2**32  # 39 GB as float32 numbers
-LONGEST_TEXT = 4096  # characters; so long may a path be on Linux
-MOST_ENTRIES = 1000
-
-_RANGES = (
-    ("size", 32, 4096),
-    ("epochs", 1, 100_000),
-    ("freeze_epochs", -1, 100_000),
-    ("batch_size", 1, 65_536),
-    ("lr", 0, 10),
-    ("wd", 0, 10),
-    ("label_smoothing", 0, 0.99),
-    ("mixup", 0, 10),
-    ("patience", 0, 100_000),
-    ("seed", 0, 2**32 - 1),
-    ("rotate", 0, 180),
-    ("zoom", 1, 10),
-    ("warp", 0, 1),
-    ("lighting", 0, 0.99),
-    ("stain", 0, 1),
-    ("sharpness", 0, 1),
-    ("noise", 0, 1),
-    ("workers", -1, 1024),
-    ("folds", 0, 1000),
-)
+def flags(name: str) -> tuple[str, ...]:
+    """The option of the command line that sets a field of :class:`Config`, and its short forms."""
+    return {"bs": ("--batch-size", "--bs")}.get(name) or ("--" + name.replace("_", "-"),)
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN too
-        option = "--" + name.replace("_", "-")
-        raise usage_error(
-            f"{name} is {str(value)[:40]}, which makes no sense.",
-            f"Give {option} from {low} to {high}.",
-        )
+def fit_command(config: Config) -> str:
+    """The command that asks for ``config`` again: its epochs and every option that is not the
+    default, without ``workers`` and ``device``, which are of the machine.
+
+    Examples:
+        >>> from bloodcell_fastai import Config
+        >>> from bloodcell_fastai.config import fit_command
+        >>> fit_command(Config(data="my data", bs=32))
+        "bloodcell fit --data 'my data' --epochs 20 --batch-size 32"
+    """
+    words = ["bloodcell", "fit"]
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        if name == "epochs" or (value != field.default and name not in ("workers", "device")):
+            words += [flags(name)[0], str(value)]
+    return shlex.join(words)
 
 
-def _check_classes(classes: tuple[str, ...]) -> None:
-    """Classes are names of folders, each of them once."""
-    if len(set(classes)) < len(classes):
-        raise usage_error("classes holds a name twice.", "Was the config edited?")
-    for name in classes:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise usage_error(
-                f"classes holds {name!r}, which is no name of a folder.", "Was the config edited?"
-            )
+def options_table() -> str:
+    """All options of ``bloodcell fit`` that make a :class:`Config`, as a Markdown table."""
+    lines = ["| Option | Default | Range | Meaning |", "|---|---|---|---|"]
+    for name, schema in Config.model_json_schema()["properties"].items():
+        flag = " or ".join(f"`{flag}`" for flag in flags(name))
+        default = f"`{schema['default']}`" if schema["default"] != "" else ""
+        limits = " to ".join(str(schema[key]) for key in ("minimum", "maximum") if key in schema)
+        lines.append(f"| {flag} | {default} | {limits} | {schema['description']} |")
+    return "\n".join(lines) + "\n"
 
 
-def _typed(name: str, value: Any, path: Path) -> Any:
-    """``value`` if it has the type of the field ``name``; JSON lists become tuples."""
-    if name not in {field.name for field in fields(Config)}:
-        raise BloodcellError(f"{path}: unknown option {name[:100]!r}.", "Was it edited?")
-    expected = get_type_hints(Config)[name]
-    texts = value if expected == tuple[str, ...] else [value]
-    if isinstance(texts, list) and len(texts) <= MOST_ENTRIES:
-        for text in texts:
-            if isinstance(text, str) and (len(text) > LONGEST_TEXT or "\0" in text):
-                raise BloodcellError(f"{path}: {name} is no sensible text.", "Was it edited?")
-        if expected == tuple[str, ...]:
-            if all(isinstance(item, str) for item in texts):
-                return tuple(texts)
-        elif type(value) is expected or (expected is float and type(value) is int):
-            return value
-    shown = repr(value)
-    raise BloodcellError(f"{path}: {name} has the wrong type: {shown[:80]}.", "Was it edited?")
+def _usage_error(error: ValidationError) -> UsageError:
+    """The first fault that pydantic found, for a user."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UsageError):
+        return cause
+    name, value = first["loc"][0], str(first["input"])[:60] or "empty"
+    message = f"{name} is {value}: {first['msg'].lower()}."
+    if (field := Config.model_fields.get(str(name))) is None:
+        return UsageError(message, "Was the config edited?")
+    default = f" (default: {field.default})" if field.default != "" else ""
+    return UsageError(message, f"Change `{name}`{default}: {field.description}")

@@ -1,42 +1,39 @@
-"""Files: written so that a kill at any moment leaves the previous good one, read with suspicion."""
+"""Files: written atomically, read with validation."""
 
 import codecs
 import csv
 import io
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from .errors import BloodcellError
+from .errors import DataError, MissingFileError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound="BaseModel")
 
 UNFINISHED = ".tmp-"  # how the name of everything begins that is not complete
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path to write to beside ``path``; it is renamed to ``path`` if the block succeeds.
-
-    The rename replaces what was there in one step, so that a reader sees the old file or the
-    new one and never half of either. The temporary file keeps the suffix of ``path``, which
-    matplotlib and OpenCV choose their format by.
-    """
-    path = Path(path)
+    """Yield a path to write to beside ``path``, of the same suffix; it is renamed to ``path`` if
+    the block succeeds, so that a reader sees the old file or the new one, never half of either."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary(path)
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        _flush_to_disk(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say where it is
@@ -52,14 +49,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: ``path`` is already there.
     """
-    path = Path(path)
     if path.exists():
         raise FileExistsError(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
+    temporary = _temporary(path)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -68,9 +64,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def sole_writer(folder: Path, timeout: float = -1) -> Iterator[None]:
     """Hold ``folder`` against other processes that call this, and remove what a killed one left
-    unfinished directly in it.
-
-    The operating system frees the lock when its holder ends, however it ends: none is ever stale.
+    unfinished directly in it. No lock is ever stale: it ends with the process that holds it.
 
     Args:
         folder: made if it is not there.
@@ -104,10 +98,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_table(path: Path, table: "pd.DataFrame") -> None:
     """Write a table to ``path`` as CSV, atomically."""
-    text = table.to_csv(index=False)
+    write_text(path, csv_text(table))
+
+
+def csv_text(table: "pd.DataFrame", header: bool = True) -> str:
+    """A table as CSV, which :func:`parse_csv` reads."""
+    text = table.to_csv(index=False, header=header)
     if "\r" in text:  # in the name of a file; unquoted it would end the row
-        text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
-    write_text(path, text)
+        text = table.to_csv(index=False, header=header, quoting=csv.QUOTE_NONNUMERIC)
+    return text
 
 
 def write_json(path: Path, value: object) -> None:
@@ -124,10 +123,34 @@ def read_json(path: Path, hint: str = "Was it edited?") -> dict:
     try:
         values = json.loads(_read_bytes(path, hint))
     except (ValueError, RecursionError) as error:
-        raise BloodcellError(f"{path} is not JSON: {error}.", hint) from None
+        raise DataError(f"{path} is not JSON: {error}.", hint) from None
     if not isinstance(values, dict):
-        raise BloodcellError(f"{path} holds no table of values.", hint)
+        raise DataError(f"{path} holds no JSON object.", hint)
     return values
+
+
+def read_model(path: Path, model: type[Model], hint: str = "Was it edited?") -> Model:
+    """The JSON file ``path`` as a pydantic model.
+
+    Raises:
+        BloodcellError: the file is missing, is no JSON, or a value is not what the model says;
+            the message names the first one.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(read_json(path, hint))
+    except ValidationError as error:
+        raise DataError(f"{path}: {describe_invalid(error)}.", hint) from None
+
+
+def describe_invalid(error: "ValidationError") -> str:
+    """The first fault that pydantic found: the field, what it is, what it should be."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, first["loc"])) or "it"
+    if first["type"] in ("missing", "extra_forbidden"):
+        return f"{field[:100]}: {first['msg'].lower()}"
+    return f"{field[:100]} is {repr(first['input'])[:60]}: {first['msg'].lower()}"
 
 
 def read_table(
@@ -141,44 +164,44 @@ def read_table(
     """
     import pandas as pd
 
-    content = _read_bytes(path, hint)
-    if b"\0" in content:  # which no name can hold
-        raise BloodcellError(f"{path} is not a CSV table: it holds zero bytes.", hint)
-    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     try:
-        header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
+        table = parse_csv(_read_bytes(path, hint))
     except (csv.Error, ValueError) as error:
-        raise BloodcellError(f"{path} is not a CSV table: {error}.", hint) from None
+        raise DataError(f"{path} is not a CSV table: {error}.", hint) from None
     for name in (*columns, *numbers):
-        if header.count(name) != 1:
-            raise BloodcellError(f"{path} has {header.count(name)} columns {name}.", hint)
-    if any(len(row) != len(header) for row in rows):
-        raise BloodcellError(f"{path} has rows of another length than its header.", hint)
-    table = pd.DataFrame(rows, columns=header, dtype=str)
+        if (found := list(table).count(name)) != 1:
+            raise DataError(f"{path} has {found} columns {name}.", hint)
     for name in numbers:
-        try:
+        with suppress(ValueError, TypeError, OverflowError):
             table[name] = pd.to_numeric(table[name])
-            is_number = table[name].dtype.kind in "if" or table.empty
-        except (ValueError, TypeError, OverflowError):
-            is_number = False
-        if not is_number:
-            raise BloodcellError(f"{path}: a value of {name} is no number.", hint)
+        if table[name].dtype.kind not in "if" and not table.empty:
+            raise DataError(f"{path}: a value of {name} is no number.", hint)
     return table
 
 
+def parse_csv(content: bytes) -> "pd.DataFrame":
+    """The rows of a CSV table, all of it text; names of files in it may be in any encoding.
+
+    Raises:
+        ValueError, csv.Error: it is none, or a row is too short or too long.
+    """
+    import pandas as pd
+
+    if b"\0" in content:  # which no name can hold
+        raise ValueError("it holds zero bytes")
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError("it has rows of another length than its header")
+    return pd.DataFrame(rows, columns=header, dtype=str)
+
+
 def _read_bytes(path: Path, hint: str) -> bytes:
-    path = Path(path)
     if not path.is_file():
-        raise BloodcellError(f"{path} is missing.", hint)
+        raise MissingFileError(f"{path} is missing.", hint)
     return path.read_bytes()
 
 
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary(path: Path) -> Path:
+    """A new name beside ``path``; files of ``tempfile`` would be private to the user."""
+    return path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{path.suffix}")

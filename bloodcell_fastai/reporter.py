@@ -1,10 +1,18 @@
-"""How the library tells what it is doing; the command line dresses it up."""
+"""How the library reports what it is doing; the command line has a reporter of its own."""
 
 import sys
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` while something long goes on."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -27,7 +35,7 @@ class Reporter:
 
 
 class SilentReporter(Reporter):
-    """Says nothing: of several processes one is enough to hear."""
+    """Says nothing; for all but the first of several processes."""
 
     def say(self, text: str) -> None:
         """Nothing."""

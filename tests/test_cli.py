@@ -1,5 +1,8 @@
+"""The commands: what they print, what they call, and how they fail."""
+
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,12 +12,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from PIL import Image
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from bloodcell_fastai import Config, cli
+from bloodcell_fastai import BloodcellError, Config, Run, cli
+from bloodcell_fastai.config import ResolvedConfig, flags
+from bloodcell_fastai.evaluation import cross_validation, interpretation
+from bloodcell_fastai.serving import app, export
+from bloodcell_fastai.training import train
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+PANELS = ["Data", "Model", "Training", "Augmentation", "Run"]
 COMMANDS = ["data", "audit", "fit", "interpret", "predict", "export", "serve"]
 LITE0 = "tf_efficientnet_lite0"
 
@@ -23,25 +34,143 @@ def test_help_lists_every_command_with_a_line(bloodcell):
     done = bloodcell("--help", env={"COLUMNS": "120"})
     assert done.returncode == 0
     for name in COMMANDS:
-        lines = [line for line in done.stdout.splitlines() if f" {name} " in line]
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"│ {name} ")]
         assert len(lines) == 1, name
         assert len(lines[0].split()) > 5, name
 
 
-def test_help_does_not_import_torch():
+@pytest.fixture(scope="module")
+def fit_help() -> str:
+    done = CliRunner().invoke(
+        cli.app, ["fit", "--help"], terminal_width=100, env={"COLUMNS": "100"}
+    )
+    assert done.exit_code == 0
+    return done.output
+
+
+def test_the_help_of_fit_fits_a_screen(fit_help):
+    assert len(fit_help.splitlines()) <= 48
+    assert max(map(len, fit_help.splitlines())) <= 100
+    assert re.findall(r"─ (\w+) ─", fit_help) == ["Options", *PANELS]
+
+
+def test_the_help_of_fit_has_every_option_in_its_panel(fit_help):
+    for name, field in Config.model_fields.items():
+        panel = fit_help.partition(f"─ {field.title} ─")[2].partition("╰─")[0]
+        (row,) = re.findall(rf"^│ {flags(name)[0]}\b.*?(?=^│ --|\Z)", panel, re.M | re.S)
+        told = " ".join(row.replace("│", " ").split())
+        assert field.description in told
+        assert f"[default: {field.default}]" in told or field.default == ""
+    for flag in ("--name", "--runs", "--resume", "--dry-run"):
+        assert f"│ {flag} " in fit_help.partition("─ Run ─")[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_argument_of_every_command_is_explained(command):
+    for parameter in get_command(cli.app).commands[command].params:
+        assert parameter.help, parameter.name
+        assert parameter.help[-1] in ".…", parameter.name
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"]])
+def test_help_does_not_import_torch(words):
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom bloodcell_fastai.cli import app\n"
-        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        f"assert CliRunner().invoke(app, {words}).exit_code == 0\n"
         "assert not {'torch', 'fastai', 'timm', 'pandas', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_checkouts_cli_runs_the_same_commands():
-    script = Path(__file__).parents[1] / "cli.py"
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "interpret" in done.stdout
+def test_a_checkout_that_is_not_installed_runs_the_same_commands(tmp_path):
+    """Without the metadata that an installation writes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\n"
+        "def version(name, known=metadata.version):\n"
+        "    if name == 'bloodcell-fastai':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "metadata.version = version\n"
+    )
+    for words, shown in ((["--help"], "interpret"), (["data", "--clear-cache"], "MB of decoded")):
+        done = subprocess.run(
+            [sys.executable, CHECKOUT / "cli.py", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path), "BLOODCELL_CACHE": str(tmp_path / "c")},
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run the command line in this process: its exit code and its lines on standard error."""
+
+    def run(*words) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["bloodcell", *map(str, words)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("fit --batch-size 0", "bs is 0: input should be greater than or", "Change --batch-size"),
+        ("fit --size big", "size is big: input should be a valid integer", "Change --size"),
+        ("fit --split magic", "input should be 'photo', 'official' or", "Change --split"),
+        ("fit --folds 2 --split random", "folds is 2 with split random", "Use --split photo or"),
+        ("fit --resume --lr 0", "lr is 0: input should be greater than 0", "Change --lr"),
+        ("interpret --subset TEST", "--subset is a part of --data, which is", "Give --data."),
+        ("data --data gone", "No file or folder gone.", "Check --data."),
+        ("fit --nonsense", "No such option: --nonsense", "See bloodcell fit --help."),
+    ],
+)
+def test_errors_name_the_flags(fails, tmp_path, monkeypatch, words, message, hint):
+    monkeypatch.chdir(tmp_path)
+    code, (first, second) = fails(*words.split())
+    assert code == (1 if words.startswith("data") else 2)
+    assert first.startswith("Error: ")
+    assert message in first
+    assert second.startswith(f"Hint:  {hint}")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "shown"),
+    [
+        ("fit", "Check `data`.", "Check --data."),
+        ("fit", "Use `bs=8` or less `size`.", "Use --batch-size 8 or less --size."),
+        ("fit", "Another `name`, or `resume`.", "Another --name, or --resume."),
+        ("predict", "Use `device=cuda:1`; see `run`.", "Use --device cuda:1; see --run."),
+        ("interpret", "Name a `run`.", "Name a RUN."),
+        ("predict", "Give `paths`.", "Give PATHS."),
+        ("data", "Fewer `epochs`.", "Fewer --epochs."),
+        ("serve", "Set `root_path=/x`.", "Set --root-path /x."),
+        ("export", "`push_to_hub` is for `format=timm`.", "--push-to-hub is for --format timm."),
+        ("fit", "In `blood_learner` it is `wd=0.1`.", "In `blood_learner` it is `wd=0.1`."),
+        ("fit", "A lone ` and `a b` and ``.", "A lone ` and `a b` and ``."),
+        ("fit", "[bold]no markup[/bold] :smile:", "[bold]no markup[/bold] :smile:"),
+    ],
+)
+def test_arguments_of_the_library_are_shown_as_flags(
+    fails, monkeypatch, capsys, command, text, shown
+):
+    """In errors, warnings and lines alike."""
+
+    def fail(*_, **__):
+        cli.TerminalReporter().say(text)
+        cli.TerminalReporter().warn(text)
+        printed = capsys.readouterr()
+        assert printed.out == f"{shown}\n"
+        assert f"│ {shown} " in printed.err
+        raise BloodcellError(text, text)
+
+    monkeypatch.setattr(typer.Typer, "__call__", fail)
+    assert fails(command) == (1, [f"Error: {shown}", f"Hint:  {shown}"])
 
 
 @pytest.mark.slow
@@ -97,9 +226,9 @@ def test_it_predicts_right_after_installation(shipped, demo_root, tmp_path, monk
         printed = capsys.readouterr()
         assert not ended.value.code, printed.err
         told = " ".join(printed.err.replace("│", " ").split())
-        assert "THE MODEL THAT COMES WITH THE PACKAGE: pbc" in told
+        assert "PRETRAINED MODEL that ships with the package: pbc" in told
         assert "no medical device" in told
-        assert "PACKAGE" not in printed.out
+        assert "PRETRAINED" not in printed.out
     assert "32 were there already" in printed.out
     assert len(pd.read_csv("out.csv")) == 32
     assert not Path("runs").exists()
@@ -126,8 +255,7 @@ def test_random_weights_are_announced_and_remembered(bloodcell, demo_root, tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert "RANDOM WEIGHTS" in done.stderr
-    (config,) = tmp_path.glob("runs/*/config.json")
-    assert "RANDOM WEIGHTS" in Config.load(config).warnings[0]
+    assert "RANDOM WEIGHTS" in Run.open(root=tmp_path / "runs").config.warnings[0]
 
 
 @pytest.mark.slow
@@ -153,7 +281,7 @@ def test_audit_finds_the_photographs_and_fit_uses_them(bloodcell, demo_root, tmp
     done = bloodcell("audit", "--data", copy, "--out", copy)
     assert done.returncode == 0, done.stderr
     assert "31 independent fields" in done.stdout
-    assert (copy / "siblings-random.png").is_file()
+    assert (copy / "copies-random.png").is_file()
 
     done = bloodcell(*plan, *small, "--split", "random")
     assert "have a copy of their own photograph in training" in done.stdout
@@ -161,23 +289,19 @@ def test_audit_finds_the_photographs_and_fit_uses_them(bloodcell, demo_root, tmp
     assert "Leakage  none" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "message"),
-    [(["fit", "--resume"], 1, "No unfinished run"), (["nonsense"], 2, "nonsense")],
-)
-def test_errors_are_two_lines_and_an_exit_code(bloodcell, args, code, message):
+def test_errors_are_two_lines_and_an_exit_code(bloodcell):
     """As the installed command gives them; test_errors.py drives all of them."""
-    done = bloodcell(*args)
-    assert done.returncode == code
+    done = bloodcell("fit", "--resume")
+    assert done.returncode == 1
     start, hint = done.stderr.strip().splitlines()
-    assert start.startswith("Error: ")
-    assert message in start
+    assert start.startswith("Error: No unfinished run")
     assert hint.startswith("Hint:  ")
 
 
 def test_debug_shows_the_traceback(bloodcell):
     done = bloodcell("--debug", "interpret")
     assert "Traceback" in done.stderr
+    assert done.returncode == 1
 
 
 def test_a_reader_who_has_seen_enough_gets_no_error():
@@ -218,3 +342,129 @@ def test_a_bar_for_each_job_in_a_terminal_alone(terminal, monkeypatch):
             reporter.progress(what, done, 2)
     shown = screen.getvalue()
     assert ("Decoding" in shown, "Searching" in shown, "2/2" in shown) == (terminal,) * 3
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace functions of the library by ones that only note their arguments."""
+    noted = []
+
+    def replace(module, *names: str, returns=None) -> list:
+        for name in names:
+            monkeypatch.setattr(
+                module, name, lambda *args, name=name: noted.append((name, *args)) or returns
+            )
+        return noted
+
+    return replace
+
+
+def run_of(root: Path, data: Path, folds: int = 0) -> Run:
+    """An unfinished run without a model, whose images were ``data/A/1.png`` and so on."""
+    table = pd.DataFrame(
+        {
+            "path": [str(data / label / f"{n}.png") for label in "AB" for n in range(2)],
+            "label": list("AABB"),
+            "subset": "",
+            "photo": "",
+            "part": ["train", "valid"] * 2,
+        }
+    )
+    asked = Config(data=str(data), folds=folds)
+    run = Run.create(root, "mine")
+    run.start(asked, ResolvedConfig(**asked.model_dump(), classes=("A", "B")), table)
+    return run
+
+
+def put_images(root: Path) -> None:
+    for label in "AB":
+        (root / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (20, 20)).save(root / label / f"{number}.png")
+
+
+@pytest.mark.parametrize("name", [[], ["--name", "mine"]])
+def test_resume_says_where_the_images_are_now(calls, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    run_of(Path("runs"), tmp_path / "old")
+    noted = calls(train, "resume")
+    done = CliRunner().invoke(cli.app, ["fit", "--resume", *name, "--data", "new"])
+    assert done.exit_code == 0, done.output
+    ((_, root, path, _, data),) = noted
+    assert (root, Path(path), data) == (Path("runs"), Path("runs/mine"), "new")
+
+
+def test_folds_are_resumed_as_folds(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_of(Path("runs"), tmp_path / "old", folds=2)
+    noted = calls(cross_validation, "resume_folds", returns=Run("runs/mine"))
+    monkeypatch.setattr(cli, "_print_results", lambda run, reporter: None)
+    assert CliRunner().invoke(cli.app, ["fit", "--resume", "--data", "new"]).exit_code == 0
+    ((_, run, _),) = noted
+    assert (run.path, run.root) == (Path("runs/mine"), tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("old_is_there", "words", "expected"),
+    [
+        (False, [], "interpret_run"),
+        (True, [], "interpret_external"),
+        (False, ["--subset", "A"], "interpret_external"),
+    ],
+)
+def test_interpret_finds_the_images_of_a_run_that_have_moved(
+    calls, tmp_path, monkeypatch, old_is_there, words, expected
+):
+    monkeypatch.chdir(tmp_path)
+    put_images(tmp_path / "new")
+    if old_is_there:
+        put_images(tmp_path / "old")
+    run_of(Path("runs"), tmp_path / "old")
+    noted = calls(interpretation, "interpret_run", returns=None)
+    calls(interpretation, "interpret_external", returns=(None, None, Path("there")))
+    monkeypatch.setattr(interpretation, "summarise", lambda *_: "Summary")
+    done = CliRunner().invoke(cli.app, ["interpret", "--data", "new", *words])
+    assert done.exit_code == 0, done.output
+    ((name, run, *_),) = noted
+    assert name == expected
+    assert run.root == tmp_path / ("new" if name == "interpret_run" else "old")
+
+
+def test_interpret_finds_the_images_of_a_run_in_a_zip(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put_images(tmp_path / "new")
+    shutil.make_archive("packed", "zip", tmp_path / "new")
+    run_of(Path("runs"), tmp_path / "old")
+    noted = calls(interpretation, "interpret_run")
+    monkeypatch.setattr(interpretation, "summarise", lambda *_: "Summary")
+    done = CliRunner().invoke(cli.app, ["interpret", "--data", "packed.zip"])
+    assert done.exit_code == 0, done.output
+    ((_, run, *_),) = noted
+    assert all(Path(path).is_file() for path in run.table.path)
+
+
+def test_export_and_serve_take_the_place_of_the_images(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_of(Path("runs"), tmp_path / "old")
+    noted = calls(export, "export_run")
+    calls(app, "serve")
+    for words in (
+        ["export", "mine", "--format", "onnx", "--data", "new", "--out", "x"],
+        ["serve", "mine", "--data", "new", "--root-path", "/cells", "--port", "0"],
+    ):
+        done = CliRunner().invoke(cli.app, words)
+        assert done.exit_code == 0, done.output
+    (_, exported, *rest), (_, served, host, port, confidence, device, _, root_path) = noted
+    assert exported.root == served.root == tmp_path / "new"
+    assert rest[:3] == ["onnx", Path("x"), None]
+    assert (host, port, confidence, device) == ("127.0.0.1", 0, 0.5, "auto")
+    assert root_path == "/cells"
+
+
+def test_unreadable_images_are_listed_with_the_reason(shipped, demo_root, tmp_path, fails):
+    (tmp_path / "bad\nname.png").write_bytes(b"no image")
+    good = next(demo_root.rglob("TRAIN/*/*.jpeg"))
+    code, lines = fails("predict", good, tmp_path / "bad\nname.png", "--run", "pbc")
+    assert code == 1
+    assert lines[-2] == "Unreadable, left out (1):"
+    assert re.match(r"  .*/bad\\nname\.png: \S", lines[-1])
