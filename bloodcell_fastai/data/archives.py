@@ -1,4 +1,4 @@
-"""Zip files from strangers: the whole of one is judged before a byte of it is written."""
+"""Safe extraction of untrusted archives: all of one is checked before a byte is written."""
 
 import errno
 import lzma
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ..errors import BloodcellError
+from ..errors import BloodcellError, DataError
 from ..files import atomic_folder
 from ..reporter import Progress, no_progress
 
-# Photographs hardly shrink. A zip of text or of empty pictures seldom passes 100 to 1; deflate
-# ends at 1,032 to 1, and members that share their bytes go beyond any limit.
+# Photographs compress little. A zip of text or of empty images seldom exceeds 100 to 1; deflate
+# cannot exceed 1,032 to 1, but members that overlap can exceed any limit.
 MAX_RATIO = 200
 SMALL = 2**26  # bytes that anything may unpack to
 MAX_BYTES = 2**38
@@ -25,7 +25,7 @@ SPARE_DISK = 2**30  # bytes to leave free
 LONGEST_NAME = 255  # bytes, of file systems in use
 _CHUNK = 2**20
 
-# What zipfile raises on bytes that are no zip, beside its own error; OSError is of bz2.
+# What zipfile raises on bytes that are not a zip, besides its own error; OSError is raised by bz2.
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError),
     *(NotImplementedError, RuntimeError, ValueError, OverflowError, IndexError),
@@ -38,11 +38,11 @@ def unpack(archive: Path, target: Path, progress: Progress = no_progress) -> Pat
     Archives inside are left as they are. Modes, owners and times are not taken over.
 
     Raises:
-        BloodcellError: not a zip, damaged or encrypted; a member is a link or a device, would
-            land outside the target or on another one, or unpacks to absurdly much.
+        BloodcellError: not a zip, damaged or encrypted; a member is a link or a device, would be
+            written outside the target or over another member; or all would unpack to too much.
     """
     with _opened(archive) as zipped:
-        members = _judged(zipped, archive, target)
+        members = _checked(zipped, archive, target)
         with atomic_folder(target) as folder:
             for done, (name, member) in enumerate(members.items(), start=1):
                 path = folder / name
@@ -69,17 +69,19 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as zipped:
             yield zipped
+    except BloodcellError:  # some are ValueErrors too
+        raise
     except _DAMAGE as error:
         # Of the disk and not of the archive; EINVAL is what a place before its beginning gives.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise BloodcellError(
+        raise DataError(
             f"{archive} is not a zip that can be unpacked: {error}.", "Download it again."
         ) from None
 
 
-def _judged(zipped: zipfile.ZipFile, archive: Path, target: Path) -> dict[str, zipfile.ZipInfo]:
-    """The files of an archive by their relative path, once nothing is wrong with any of it."""
+def _checked(zipped: zipfile.ZipFile, archive: Path, target: Path) -> dict[str, zipfile.ZipInfo]:
+    """The files of an archive by their relative path, checked as a whole."""
     members: dict[str, zipfile.ZipInfo] = {}
     for member in zipped.infolist():
         name = _safe_name(member, archive)
@@ -87,11 +89,11 @@ def _judged(zipped: zipfile.ZipFile, archive: Path, target: Path) -> dict[str, z
         if member.is_dir():
             continue
         if name in members:
-            raise _hostile(archive, f"holds {member.filename!r} twice")
+            raise _unsafe(archive, f"holds {member.filename!r} twice")
         members[name] = member
     for name in members:
         if any(str(parent) in members for parent in PurePosixPath(name).parents):
-            raise _hostile(archive, f"holds {name!r} inside a file")
+            raise _unsafe(archive, f"holds {name!r} inside a file")
     _check_amount(members, archive, target)
     return members
 
@@ -101,9 +103,9 @@ def _safe_name(member: zipfile.ZipInfo, archive: Path) -> str:
     path = PurePosixPath(member.filename.replace("\\", "/"))
     parts = path.parts
     if path.is_absolute() or not parts or ".." in parts or ":" in parts[0]:
-        raise _hostile(archive, f"would write outside its folder: {member.filename!r}")
+        raise _unsafe(archive, f"would write outside its folder: {member.filename!r}")
     if any(len(part.encode("utf-8", "surrogateescape")) > LONGEST_NAME for part in parts):
-        raise BloodcellError(
+        raise DataError(
             f"{archive} holds a name of more than {LONGEST_NAME} bytes: {parts[-1][:40]!r}...",
             "Shorten it and pack the archive again.",
         )
@@ -114,26 +116,24 @@ def _check_kind(member: zipfile.ZipInfo, archive: Path) -> None:
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         what = "a link" if kind == stat.S_IFLNK else "a device"
-        raise _hostile(archive, f"holds {what}, {member.filename!r}")
+        raise _unsafe(archive, f"holds {what}, {member.filename!r}")
     if member.flag_bits & 1:
-        raise BloodcellError(
-            f"{archive} is encrypted.", "Unpack it yourself and give the folder to --data."
+        raise DataError(
+            f"{archive} is encrypted.", "Unpack it yourself and give the folder as `data`."
         )
 
 
 def _check_amount(members: dict[str, zipfile.ZipInfo], archive: Path, target: Path) -> None:
-    """Refuse bombs by what the table of contents says; :func:`_copy` holds them to it."""
+    """Refuse decompression bombs by the table of contents; :func:`_copy` enforces its sizes."""
     total, packed = sum(m.file_size for m in members.values()), archive.stat().st_size
     if len(members) > MAX_MEMBERS or total > MAX_BYTES or total > max(MAX_RATIO * packed, SMALL):
-        raise _hostile(
-            archive,
-            f"would unpack from {packed:,} to {total:,} bytes in {len(members):,} files",
-        )
+        to = f"{total:,} bytes in {len(members):,} files"
+        raise _unsafe(archive, f"would unpack from {packed:,} to {to}")
     existing = next(folder for folder in target.absolute().parents if folder.is_dir())
     if (free := shutil.disk_usage(existing).free) < total + SPARE_DISK:
         raise BloodcellError(
             f"No room to unpack {archive}: it needs {total:,} bytes and {free:,} are free.",
-            "Make room, or unpack it elsewhere and give the folder to --data.",
+            "Make room, or unpack it elsewhere and give the folder as `data`.",
         )
 
 
@@ -142,11 +142,9 @@ def _copy(source, out, member: zipfile.ZipInfo, archive: Path) -> None:
     while chunk := source.read(_CHUNK):
         written += len(chunk)
         if written > member.file_size:
-            raise _hostile(archive, f"holds more of {member.filename!r} than it says")
+            raise _unsafe(archive, f"holds more of {member.filename!r} than it says")
         out.write(chunk)
 
 
-def _hostile(archive: Path, problem: str) -> BloodcellError:
-    return BloodcellError(
-        f"{archive} {problem}.", "Do not use this archive: it is damaged or hostile."
-    )
+def _unsafe(archive: Path, problem: str) -> BloodcellError:
+    return DataError(f"{archive} {problem}.", "Do not use this archive: it is damaged or hostile.")

@@ -1,25 +1,32 @@
-"""Which images train and which validate, and how far the two share photographs."""
+"""Which images train and which validate, and whether copies of one photograph are in both."""
 
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
-from ..errors import BloodcellError, usage_error
+from ..errors import DataError, UsageError
 
-VALID_SHARE = 0.2
+VALID_FRACTION = 0.2
 _TRIES = 8  # shuffles of which the best balanced fold is taken
 _TRAIN_NAMES = ("train", "training")
 _VALID_NAMES = (("valid", "val", "validation"), ("test", "testing"))
+SPLIT_DESCRIPTIONS = {
+    "photo": "by photograph: about a fifth of every class for validation, no photograph in both "
+    "parts",
+    "official": "the data set's own training and validation folders",
+    "random": "a stratified random fifth of the images for validation, whatever their photograph "
+    "(the published protocol)",
+}
 
 
 def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.DataFrame:
-    """Say of every image whether it trains or validates.
+    """Assign every image to training or validation.
 
     Args:
         table: image table with ``label``, ``subset`` and ``photo``.
         how: ``random``, a stratified fifth of all images (the published protocol);
             ``official``, the data set's own folders, TRAIN against TEST;
             ``photo``, about a fifth of every class, in images and in photographs, with no
-            photograph on both sides.
+            photograph in both.
         seed: of the random choice; ``official`` has none.
 
     Returns:
@@ -30,9 +37,8 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
             class would be missing from training or from validation.
 
     Examples:
-        >>> from bloodcell_fastai import leakage, open_dataset, split_table, with_photos
-        >>> dataset = open_dataset("demo")
-        >>> table = with_photos(dataset.table, dataset.root)
+        >>> from bloodcell_fastai import leakage, open_dataset, split_table
+        >>> table = open_dataset("demo").table
         >>> split = split_table(table, "photo")
         >>> sorted(split.part.unique())
         ['train', 'valid']
@@ -41,7 +47,7 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
     """
     ways = {"random": _random, "official": _official, "photo": _by_photo}
     if how not in ways:
-        raise usage_error(f"The split is {how!r}.", f"Use one of: {', '.join(ways)}.")
+        raise UsageError(f"how is {how!r}.", f"Use one of: {', '.join(ways)}.")
     result = table.assign(part=ways[how](table, seed))
     _check_classes(result)
     return result
@@ -53,11 +59,11 @@ def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.Data
     Raises:
         BloodcellError: a class has fewer photographs than there are folds.
     """
-    fewest = table.groupby("label").photo.nunique()
+    fewest = _photos_per_class(table)
     if fewest.min() < folds:
-        raise BloodcellError(
+        raise DataError(
             f"Class {fewest.idxmin()} has {fewest.min()} photographs, too few for {folds} folds.",
-            f"Use --folds {fewest.min()} or fewer.",
+            f"Use `folds={fewest.min()}` or fewer.",
         )
     return [table.assign(part=_parts(table, valid)) for valid in _grouped_folds(table, folds, seed)]
 
@@ -65,8 +71,8 @@ def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.Data
 def kept_split(table: pd.DataFrame, how: str) -> str:
     """``how``, or ``official`` for a ``photo`` split of data with its own valid folder.
 
-    Who made such a folder knows more about the data than a random choice does. A folder named
-    test is no such sign: it is meant for the end, and Kaggle's shares photographs with TRAIN.
+    A folder named test is not taken: it is meant for the final evaluation, and Kaggle's has
+    photographs of TRAIN.
     """
     names = set(table.subset.str.lower())
     has_both = names & set(_TRAIN_NAMES) and names & set(_VALID_NAMES[0])
@@ -74,58 +80,84 @@ def kept_split(table: pd.DataFrame, how: str) -> str:
 
 
 def leakage(table: pd.DataFrame) -> float | None:
-    """Share of validation images, 0 to 1, whose photograph is also in training.
-
-    None if the photographs are not known, which is when every image is its own.
+    """Fraction of the validation images whose photograph is also in training.
 
     Args:
         table: image table with ``photo`` and ``part``.
 
+    Returns:
+        0 to 1; None where no photograph is known. Images whose photograph is not known count as
+        photographs of their own: with :func:`count_known` below the number of images the result
+        is a lower bound.
+
     Examples:
-        >>> from bloodcell_fastai import leakage, open_dataset, split_table, with_photos
-        >>> dataset = open_dataset("demo")
-        >>> table = with_photos(dataset.table, dataset.root)
+        >>> from bloodcell_fastai import leakage, open_dataset, split_table
+        >>> table = open_dataset("demo").table
         >>> leakage(split_table(table, "random")) > 0.9
         True
         >>> leakage(split_table(table, "photo"))
         0.0
     """
-    if not photos_known(table):
+    if not count_known(table):
         return None
-    train = table.photo[table.part == "train"]
-    valid = table.photo[table.part == "valid"]
+    groups = photo_groups(table)
+    train, valid = groups[table.part == "train"], groups[table.part == "valid"]
     return float(valid.isin(set(train)).mean())
 
 
-def photos_known(table: pd.DataFrame) -> bool:
-    """Whether the source photographs of the images are known (see the image table)."""
-    return bool((table.photo != table.path).any())
+def describe_leakage(leakage: float | None, n_known: int, n_images: int) -> str:
+    """The leakage of a split in words, of ``n_images`` of which ``n_known`` have a photograph."""
+    if leakage is None:
+        return "unknown: which images show the same photograph is not known; see bloodcell audit"
+    partly = ""
+    if n_known < n_images:
+        partly = f"; only {n_known:,} of {n_images:,} images have a known photograph"
+    if leakage == 0:
+        none = "none found" if partly else "none"
+        return f"{none}: no validation image has a copy of its photograph in training{partly}"
+    meaning = "is better than it would be on new photographs"
+    if leakage >= 0.5:
+        meaning = "measures memory, not accuracy on new photographs"
+    return (
+        f"{leakage:.1%} of the validation images have a copy of their own photograph in training: "
+        f"the score {meaning}{partly}"
+    )
+
+
+def photo_groups(table: pd.DataFrame) -> pd.Series:
+    """The unit of independence of each image: its photograph, or its path where that is unknown."""
+    return table.photo.where(table.photo != "", table.path)
+
+
+def count_known(table: pd.DataFrame) -> int:
+    """How many images of a table have a known photograph."""
+    return int((table.photo != "").sum())
 
 
 def _random(table: pd.DataFrame, seed: int) -> pd.Series:
     smallest = table.label.value_counts()
     if smallest.min() < 2:
-        raise BloodcellError(
+        raise DataError(
             f"Class {smallest.idxmin()} has a single image, too few to split.",
             "Add images to it or remove the class.",
         )
     _, valid = train_test_split(
-        table.index, test_size=VALID_SHARE, stratify=table.label, random_state=seed
+        table.index, test_size=VALID_FRACTION, stratify=table.label, random_state=seed
     )
     return _parts(table, valid)
 
 
 def _by_photo(table: pd.DataFrame, seed: int) -> pd.Series:
-    photos_per_class = table.groupby("label").photo.nunique()
+    photos_per_class = _photos_per_class(table)
     if photos_per_class.min() < 2:
-        raise BloodcellError(
+        raise DataError(
             f"Class {photos_per_class.idxmin()} has a single photograph, which cannot be on "
             "both sides of a split.",
-            "Add photographs of it, or use --split random and read its score with care.",
+            "Add photographs of it, or use `split=random` and read its score with care.",
         )
-    n_splits = min(round(1 / VALID_SHARE), photos_per_class.min())
+    n_splits = min(round(1 / VALID_FRACTION), photos_per_class.min())
     # Where each image is its own photograph the first shuffle is as good as any.
-    tries = range(seed, seed + (_TRIES if photos_known(table) else 1))
+    tries = range(seed, seed + (_TRIES if count_known(table) else 1))
     folds = [fold for each in tries for fold in _grouped_folds(table, n_splits, each)]
     return _parts(table, min(folds, key=lambda valid: _imbalance(table, valid)))
 
@@ -133,69 +165,59 @@ def _by_photo(table: pd.DataFrame, seed: int) -> pd.Series:
 def _grouped_folds(table: pd.DataFrame, n_splits: int, seed: int) -> list[pd.Index]:
     """The validation rows of each fold."""
     # The grouped kind places one group after the other, which takes minutes for 100,000.
-    grouped = photos_known(table)
+    grouped = count_known(table) > 0
     folds = (StratifiedGroupKFold if grouped else StratifiedKFold)(
         n_splits, shuffle=True, random_state=seed
     )
-    split = folds.split(table.path, table.label, groups=table.photo if grouped else None)
+    split = folds.split(table.path, table.label, groups=photo_groups(table) if grouped else None)
     return [table.index[valid] for _, valid in split]
 
 
-def _imbalance(table: pd.DataFrame, valid: pd.Index) -> float:
-    """How far the worst class is from its share of validation, in images or in photographs.
+def _photos_per_class(table: pd.DataFrame) -> pd.Series:
+    return photo_groups(table).groupby(table.label).nunique()
 
-    A class of few photographs with many copies each can be right in one and wrong in the other.
+
+def _imbalance(table: pd.DataFrame, valid: pd.Index) -> float:
+    """How far the worst class is from a fifth in validation, in images or in photographs.
+
+    A class of few photographs with many copies each can be balanced in one and not in the other.
     """
     images = table.label[valid].value_counts() / table.label.value_counts()
-    photos = (
-        table.loc[valid].groupby("label").photo.nunique() / table.groupby("label").photo.nunique()
-    )
-    shares = pd.concat([images, photos]).fillna(0)
-    return float((shares - VALID_SHARE).abs().max())
+    photos = _photos_per_class(table.loc[valid]) / _photos_per_class(table)
+    fractions = pd.concat([images, photos]).fillna(0)
+    return float((fractions - VALID_FRACTION).abs().max())
 
 
 def _official(table: pd.DataFrame, seed: int) -> pd.Series:
-    own = _own_parts(table)
-    if own is None:
-        raise BloodcellError(
-            "The data set has no folders of its own for training and validation.",
-            "Use --split photo or --split random.",
-        )
-    return own
-
-
-def _own_parts(table: pd.DataFrame) -> pd.Series | None:
     """``part`` by the names of the folders; TEST_SIMPLE repeats photographs of TEST: unused."""
     subset = table.subset.str.lower()
     train = subset.isin(_TRAIN_NAMES)
-    for names in _VALID_NAMES:
-        valid = subset.isin(names)
+    for valid in map(subset.isin, _VALID_NAMES):
         if train.any() and valid.any():
-            part = pd.Series("", index=table.index)
-            part[train], part[valid] = "train", "valid"
-            return part
-    return None
+            return train.map({True: "train", False: ""}).mask(valid, "valid")
+    raise DataError(
+        "The data set has no folders of its own for training and validation.",
+        "Use `split=photo` or `split=random`.",
+    )
 
 
 def _parts(table: pd.DataFrame, valid: pd.Index) -> pd.Series:
-    part = pd.Series("train", index=table.index)
-    part[valid] = "valid"
-    return part
+    return pd.Series("train", index=table.index).where(~table.index.isin(valid), "valid")
 
 
 def _check_classes(table: pd.DataFrame) -> None:
-    """A class must be learnt to be scored and scored to be trusted."""
+    """Refuse a split whose classes cannot be trained on or validated."""
     train = set(table.label[table.part == "train"])
     valid = set(table.label[table.part == "valid"])
     if valid - train:
-        raise BloodcellError(
+        raise DataError(
             f"Only in validation, never in training: {', '.join(sorted(valid - train))}.",
             "Rename the folder to the training class it belongs to, or remove it.",
         )
     if len(train) < 2:
-        raise BloodcellError(
+        raise DataError(
             f"Training needs two classes or more; found {', '.join(sorted(train)) or 'none'}.",
             "Give a folder with one sub-folder per class.",
         )
     if not valid:
-        raise BloodcellError("No image is left for validation.", "Add images.")
+        raise DataError("No image is left for validation.", "Add images.")

@@ -9,7 +9,7 @@ import pytest
 from bloodcell_fastai import BloodcellError
 from bloodcell_fastai.data import archives
 from bloodcell_fastai.data.archives import content_key, unpack
-from bloodcell_fastai.data.dataset import open_dataset
+from bloodcell_fastai.data.datasets import open_dataset
 
 
 def pack(path: Path, *members, **options) -> Path:
@@ -139,6 +139,28 @@ def test_no_room(tmp_path, monkeypatch):
     usage = archives.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refused(archive, tmp_path, "No room to unpack")
+
+
+def test_an_interrupted_unpack_leaves_nothing(tmp_path):
+    archive = pack(tmp_path / "x.zip", ("A/1.jpg", b"x"), ("A/2.jpg", b"y"))
+
+    def stop(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unpack(archive, tmp_path / "out", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.zip"]
+    unpack(archive, tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 2
+
+
+def test_a_damaged_member(tmp_path):
+    """Found only while it is unpacked; nothing of the others stays."""
+    archive = pack(tmp_path / "x.zip", ("A/1.jpg", b"x" * 100), ("A/2.jpg", b"y" * 500))
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"yyyy") + 9] = 0
+    archive.write_bytes(content)
+    refused(archive, tmp_path, "can be unpacked")
 
 
 @pytest.mark.parametrize("keep", [0, 30, 100, -10])

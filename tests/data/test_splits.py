@@ -2,11 +2,17 @@ import pandas as pd
 import pytest
 
 from bloodcell_fastai import BloodcellError, leakage, split_table
-from bloodcell_fastai.data.splits import kept_split, split_folds
+from bloodcell_fastai.data.splits import (
+    count_known,
+    describe_leakage,
+    kept_split,
+    photo_groups,
+    split_folds,
+)
 
 
 def make_table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
-    """An image table from (label, subset, photo)."""
+    """An image table from (label, subset, photo); photo is empty where it is not known."""
     table = pd.DataFrame(rows, columns=["label", "subset", "photo"])
     return table.assign(path=[f"/{index}.jpg" for index in range(len(table))])
 
@@ -58,7 +64,7 @@ def test_official_uses_the_folders_and_leaves_test_simple_out(demo_table):
 
 def test_official_prefers_valid_to_test():
     rows = [(label, subset, "") for label in "AB" for subset in ("train", "valid", "test")]
-    table = split_table(make_table(rows).assign(photo=lambda t: t.path), "official")
+    table = split_table(make_table(rows), "official")
     assert table.part.tolist() == ["train", "valid", ""] * 2
 
 
@@ -84,8 +90,39 @@ def test_every_photograph_validates_once():
 
 
 def test_leakage_is_unknown_without_photographs():
-    table = two_classes().assign(photo=lambda t: t.path)
+    table = two_classes().assign(photo="")
     assert leakage(split_table(table, "random")) is None
+    assert count_known(table) == 0
+    assert describe_leakage(None, 0, len(table)).startswith("unknown")
+
+
+def test_an_image_without_a_photograph_is_independent_of_all_others():
+    table = make_table([("A", "", "x"), ("A", "", "x"), ("A", "", ""), ("B", "", "")])
+    assert photo_groups(table).tolist() == ["x", "x", "/2.jpg", "/3.jpg"]
+    assert count_known(table) == 2
+    split = two_classes().assign(photo=lambda t: t.photo.where(t.label == "A", ""))
+    assert leakage(split_table(split, "photo")) == 0
+    assert 0 < leakage(split_table(split, "random")) <= 0.5  # half of the images count as single
+
+
+@pytest.mark.parametrize(
+    ("leakage", "n_known", "says"),
+    [
+        (0.0, 10, "none: no validation image"),
+        (
+            0.0,
+            9,
+            "none found: no validation image has a copy of its photograph in training; only 9",
+        ),
+        (0.25, 10, "25.0% of the validation images have a copy of their own photograph"),
+        (0.25, 4, "better than it would be on new photographs; only 4 of 10 images"),
+        (1.0, 10, "measures memory"),
+    ],
+)
+def test_leakage_in_words(leakage, n_known, says):
+    text = describe_leakage(leakage, n_known, 10)
+    assert says in text
+    assert ("have a known photograph" in text) == (n_known < 10)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +141,7 @@ def test_leakage_is_unknown_without_photographs():
             "Only in validation, never in training: C",
         ),
         ([("A", "train", "1"), ("A", "valid", "2")], "official", "two classes or more"),
-        ([("A", "", "1"), ("B", "", "2")], "photos", "The split is 'photos'"),
+        ([("A", "", "1"), ("B", "", "2")], "photos", "how is 'photos'"),
     ],
 )
 def test_impossible_splits(rows, how, message):

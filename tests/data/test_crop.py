@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bloodcell_fastai.data.framing import crop_box, find_nucleus, framed
-from bloodcell_fastai.data.smears import CLASSES, draw_photograph
+from bloodcell_fastai.data.crop import crop_image, find_nucleus
+from bloodcell_fastai.data.demo import CLASSES, draw_photograph
 
 DRAWN = [(label, seed) for label in CLASSES for seed in range(6)]
 
@@ -26,7 +26,7 @@ def test_the_nucleus_found_is_that_of_the_white_cell(photographs):
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_it_is_found_however_the_picture_is_turned(photographs, turns):
+def test_it_is_found_however_the_image_is_turned(photographs, turns):
     image = photographs[0][0]
     turned = find_nucleus(np.ascontiguousarray(np.rot90(image, turns)))
     upright = find_nucleus(image)
@@ -35,11 +35,11 @@ def test_it_is_found_however_the_picture_is_turned(photographs, turns):
 
 def test_black_corners_are_no_nucleus(photographs):
     for image, cell in photographs[::3]:
-        marred = image.copy()
-        marred[:90, :160] = 0
-        marred[-60:, -200:] = 3
+        damaged = image.copy()
+        damaged[:90, :160] = 0
+        damaged[-60:, -200:] = 3
         if not (cell.x < 200 and cell.y < 130) and not (cell.x > 400 and cell.y > 380):
-            nucleus = find_nucleus(marred)
+            nucleus = find_nucleus(damaged)
             assert np.hypot(nucleus.x - cell.x, nucleus.y - cell.y) < cell.radius
 
 
@@ -49,9 +49,11 @@ def test_where_nothing_is_stained_nothing_is_found(colour):
     assert find_nucleus(np.asarray(grey(80, 60))) is None
 
 
-def test_the_crop_is_a_square_inside_the_frame_with_the_cell_in_it(photographs):
+def test_the_crop_is_a_square_inside_the_image_with_the_cell_in_it(photographs):
     for image, cell in photographs:
-        left, top, right, bottom = crop_box(Image.fromarray(image), "cell")
+        part, (left, top, right, bottom), has_cell = crop_image(Image.fromarray(image), "cell")
+        assert has_cell
+        assert part.size == (right - left, bottom - top)
         assert 0 <= left < right <= image.shape[1]
         assert 0 <= top < bottom <= image.shape[0]
         assert right - left == bottom - top < min(image.shape[:2])
@@ -61,45 +63,47 @@ def test_the_crop_is_a_square_inside_the_frame_with_the_cell_in_it(photographs):
 
 def test_the_nucleus_is_whole_in_the_crop(photographs):
     for image, _ in photographs:
-        left, top, right, bottom = crop_box(Image.fromarray(image), "cell")
+        left, top, right, bottom = crop_image(Image.fromarray(image), "cell").box
         seen = find_nucleus(image[top:bottom, left:right])
         assert seen.side / find_nucleus(image).side == pytest.approx(1, abs=0.2)
 
 
 def test_without_a_cell_the_middle_is_taken():
-    assert crop_box(grey(80, 60), "cell") == (10, 0, 70, 60)
-    assert crop_box(grey(60, 80), "cell") == (0, 10, 60, 70)
+    assert crop_image(grey(80, 60), "cell")[1:] == ((10, 0, 70, 60), False)
+    assert crop_image(grey(60, 80), "cell")[1:] == ((0, 10, 60, 70), False)
+    assert crop_image(Image.new("RGB", (80, 60)), "cell")[1:] == ((10, 0, 70, 60), False)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (3000, 2), (32, 32)])
-def test_any_picture_can_be_framed(size):
-    for picture in (grey(*size), Image.new("RGB", size), Image.new("RGB", size, "white")):
-        part = framed(picture, "cell")
+def test_any_image_can_be_cropped(size):
+    for image in (grey(*size), Image.new("RGB", size), Image.new("RGB", size, "white")):
+        part = crop_image(image, "cell").image
         assert part.width == part.height == min(size)
         assert part.mode == "RGB"
 
 
-def test_a_frame_is_left_as_it_is(photographs):
+def test_the_whole_image_is_left_as_it_is(photographs):
     image = Image.fromarray(photographs[0][0])
-    assert crop_box(image, "frame") == (0, 0, *image.size)
-    assert framed(image, "frame") is image
+    assert crop_image(image, "frame") == (image, (0, 0, *image.size), True)
 
 
-def test_the_scale_of_the_picture_does_not_matter(photographs):
+def test_the_scale_of_the_image_does_not_matter(photographs):
     """Half the magnification shows the network nearly the same square."""
     for image, _ in photographs[::5]:
         whole = Image.fromarray(image)
         half = whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS)
-        boxes = np.array([crop_box(whole, "cell"), np.multiply(crop_box(half, "cell"), 2)])
+        boxes = np.array(
+            [crop_image(whole, "cell").box, np.multiply(crop_image(half, "cell").box, 2)]
+        )
         assert np.abs(boxes[0] - boxes[1]).max() < 0.1 * (boxes[0][2] - boxes[0][0])
 
 
 def test_the_light_of_the_lamp_does_not_matter(photographs):
-    """A tinted, dimmer lamp: pictures far apart become nearly the same."""
+    """A tinted, dimmer lamp: images far apart become nearly the same."""
     for image, _ in photographs[::5]:
         tinted = np.clip(image * np.array([0.95, 0.8, 0.7]), 0, 255).round().astype(np.uint8)
         seen = [
-            np.asarray(framed(Image.fromarray(one), "cell").resize((64, 64)), float)
+            np.asarray(crop_image(Image.fromarray(one), "cell").image.resize((64, 64)), float)
             for one in (image, tinted)
         ]
         assert np.abs(seen[0] - seen[1]).mean() < 3

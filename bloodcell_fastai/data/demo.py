@@ -1,17 +1,14 @@
 """The demo data set: blood smears drawn by code, in the layout of Kaggle's blood-cells.
 
-A smear is drawn as light that passes through stain. Every object adds to maps of stain amounts, the
-stains have an absorbance for red, green and blue, and the picture is ``light * exp(-absorbance)``.
-Stain colours, light and magnification vary between photographs more than between classes, so the
-class has to be read from shape and granules. The drawings are for trying the tools; nothing learnt
-from them holds for real blood.
+Every object adds to maps of stain amounts, the stains have an absorbance for red, green and blue,
+and the image is ``light * exp(-absorbance)``. Stain colours, light and magnification vary more
+between photographs than between classes: the class is in shape and granules. The drawings are for
+trying the tools; what a model learns from them does not hold for real blood.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,17 +16,16 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import pandas as pd
+from numpy.random import Generator
 
-from ..files import atomic_folder
+from ..files import atomic_folder, write_table
 
 CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")
 
-PHOTO_SIZE = (640, 480)
+PHOTO_SIZE = (640, 480)  # lengths in this module are for its width and scale with it
 COPY_SIZE = (320, 240)
-
-# Lengths in this module are given for a photograph of this width and scale with it.
-_REFERENCE_WIDTH = 640
-# Drawn around the frame, so that a second exposure can be shifted without running out of smear.
+# Drawn around the image, so that a second exposure can be shifted without running out of smear.
 _MARGIN = 44
 
 _HAEMOGLOBIN, _CHROMATIN, _CYTOPLASM, _EOSIN, _SHADE = range(5)
@@ -57,7 +53,7 @@ class Cell:
     radius: float
 
 
-class _Look(NamedTuple):
+class _Appearance(NamedTuple):
     """How the white cells of a class look, lengths in cell radii, amounts in units of stain."""
 
     size: tuple[float, float]  # radius, in radii of the photograph's red cells
@@ -71,11 +67,11 @@ class _Look(NamedTuple):
     vacuoles: int
 
 
-_LOOKS = {
-    "EOSINOPHIL": _Look((1.30, 1.75), 0.015, 0.95, 0.22, 0.30, 420, 0.055, 0.80, 0),
-    "LYMPHOCYTE": _Look((1.15, 1.65), 0.025, 1.00, 0.22, 0.90, 20, 0.022, 0.30, 0),
-    "MONOCYTE": _Look((1.45, 2.05), 0.040, 0.85, 0.26, 0.80, 160, 0.018, 0.25, 9),
-    "NEUTROPHIL": _Look((1.30, 1.75), 0.015, 0.95, 0.22, 0.35, 700, 0.022, 0.65, 0),
+_APPEARANCES = {
+    "EOSINOPHIL": _Appearance((1.30, 1.75), 0.015, 0.95, 0.22, 0.30, 420, 0.055, 0.80, 0),
+    "LYMPHOCYTE": _Appearance((1.15, 1.65), 0.025, 1.00, 0.22, 0.90, 20, 0.022, 0.30, 0),
+    "MONOCYTE": _Appearance((1.45, 2.05), 0.040, 0.85, 0.26, 0.80, 160, 0.018, 0.25, 9),
+    "NEUTROPHIL": _Appearance((1.30, 1.75), 0.015, 0.95, 0.22, 0.35, 700, 0.022, 0.65, 0),
 }
 
 
@@ -84,8 +80,8 @@ def draw_photograph(
 ) -> tuple[np.ndarray, Cell]:
     """Draw one photograph of a smear around one white cell.
 
-    The same label and seed with another exposure is the same field photographed again: shifted by
-    20 to 40 pixels (at the default size), in other light, white balance, focus and noise.
+    Another exposure is the same field photographed again: shifted by 20 to 40 pixels (at the
+    default size), in other light, white balance, focus and noise.
 
     Args:
         label: one of CLASSES.
@@ -115,23 +111,20 @@ def draw_photograph(
 
 
 def _draw_field(
-    label: str, rng: np.random.Generator, size: tuple[int, int]
+    label: str, rng: Generator, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, Cell]:
-    """Lay out and draw the smear, with a margin around the frame.
-
-    Returns the stain amounts, float32 (5, height, width); the absorbances of the stains, float32
-    (5, 3); and the white cell in pixels of the stain maps.
-    """
-    unit = size[0] / _REFERENCE_WIDTH
+    """Lay out and draw the smear, with a margin around the image: the amounts of stain, float32
+    (5, height, width), their absorbances, float32 (5, 3), and the white cell in those pixels."""
+    unit = size[0] / PHOTO_SIZE[0]
     margin = round(_MARGIN * unit)
     width, height = size[0] + 2 * margin, size[1] + 2 * margin
     stains = np.zeros((5, height, width), np.float32)
     red_radius = rng.uniform(36, 49) * unit
-    # Central enough for the cell's middle to stay in the frame of every exposure and every copy.
+    # Central enough for the cell's middle to stay inside every exposure and every copy.
     cell = Cell(
         x=margin + size[0] * rng.uniform(0.30, 0.70),
         y=margin + size[1] * rng.uniform(0.33, 0.67),
-        radius=red_radius * rng.uniform(*_LOOKS[label].size),
+        radius=red_radius * rng.uniform(*_APPEARANCES[label].size),
     )
     stains[_SHADE] += 0.012 * _cloud(rng, (height, width), 60 * unit)
     stains[_SHADE] += 0.006 * _cloud(rng, (height, width), 5 * unit)
@@ -149,16 +142,13 @@ def _draw_field(
 
 
 def _scatter_red_cells(
-    rng: np.random.Generator, size: tuple[int, int], radius: float, white: Cell
+    rng: Generator, size: tuple[int, int], radius: float, white: Cell
 ) -> np.ndarray:
-    """Place red cells in short overlapping chains that leave gaps and give way to the white cell.
-
-    Returns x, y, radius of each, float64 (n, 3), in pixels.
-    """
+    """Red cells in short overlapping chains that leave gaps and give way to the white cell: x, y
+    and radius, float64 (n, 3), in pixels."""
     placed = np.array([[white.x, white.y, white.radius]])
     n_cells = rng.uniform(0.65, 1.15) * size[0] * size[1] / (np.pi * radius**2)
-    n_chains = round(n_cells / 2.5)
-    for _ in range(n_chains):
+    for _ in range(round(n_cells / 2.5)):
         x, y = rng.uniform(0, 1, 2) * size
         heading = rng.uniform(0, 2 * np.pi)
         for _ in range(rng.integers(1, 5)):
@@ -174,7 +164,7 @@ def _scatter_red_cells(
     return placed[1:]
 
 
-def _draw_red_cells(stains: np.ndarray, rng: np.random.Generator, cells: np.ndarray) -> None:
+def _draw_red_cells(stains: np.ndarray, rng: Generator, cells: np.ndarray) -> None:
     """Add red cells: discs with a rim, a membrane, and a pale centre where they lie flat."""
     flatness = rng.uniform(0.35, 0.75)  # of this part of the smear
     mottle = _cloud(rng, stains.shape[1:], 0.08 * cells[:, 2].mean())
@@ -187,13 +177,13 @@ def _draw_red_cells(stains: np.ndarray, rng: np.random.Generator, cells: np.ndar
         rim = 0.18 * np.exp(-(((edge - 0.9) / 0.1) ** 2))
         thickness = body * rng.uniform(0.75, 1.15) * (dip + rim) * (1 + 0.09 * mottle[window])
         below = stains[_HAEMOGLOBIN][window]
-        # Overlapping cells are squeezed, hence less than twice as dense as one.
+        # Overlapping cells flatten each other: less than twice as dense as one.
         below[:] = np.maximum(below, thickness) + 0.22 * np.minimum(below, thickness)
         # The membrane refracts: a thin bright line just outside.
         stains[_SHADE][window] -= 0.035 * np.exp(-((((edge - 1.03) * radius) / 1.5) ** 2))
 
 
-def _draw_platelets(stains: np.ndarray, rng: np.random.Generator, unit: float) -> None:
+def _draw_platelets(stains: np.ndarray, rng: Generator, unit: float) -> None:
     """Add platelets: small, ragged, granular and purple, some in clumps and some out of focus."""
     height, width = stains.shape[1:]
     for _ in range(rng.integers(4, 9)):
@@ -208,9 +198,7 @@ def _draw_platelets(stains: np.ndarray, rng: np.random.Generator, unit: float) -
             x, y = np.clip(rng.normal((x, y), radius), 0, (width - 1, height - 1))
 
 
-def _draw_droplets(
-    stains: np.ndarray, rng: np.random.Generator, red_cells: np.ndarray, unit: float
-) -> None:
+def _draw_droplets(stains: np.ndarray, rng: Generator, red_cells: np.ndarray, unit: float) -> None:
     """Add the small bright rings, outlined in dark, of a smear that dried too slowly."""
     for _ in range(rng.integers(34, 58)):
         x, y, radius = red_cells[rng.integers(len(red_cells))]
@@ -223,7 +211,7 @@ def _draw_droplets(
         stains[_CHROMATIN][window] += rng.uniform(0, 0.35) * outline
 
 
-def _draw_debris(stains: np.ndarray, rng: np.random.Generator, unit: float) -> None:
+def _draw_debris(stains: np.ndarray, rng: Generator, unit: float) -> None:
     """Add specks of dust and precipitated stain, sharp or blurred, anywhere."""
     height, width = stains.shape[1:]
     for _ in range(rng.integers(200, 260)):
@@ -238,37 +226,34 @@ def _draw_debris(stains: np.ndarray, rng: np.random.Generator, unit: float) -> N
 # --- the white cell ------------------------------------------------------------------------------
 
 
-def _draw_white_cell(stains: np.ndarray, rng: np.random.Generator, label: str, cell: Cell) -> None:
+def _draw_white_cell(stains: np.ndarray, rng: Generator, label: str, cell: Cell) -> None:
     """Put the white cell over whatever lies there: cytoplasm, granules, nucleus, vacuoles."""
-    look = _LOOKS[label]
+    kind = _APPEARANCES[label]
     window, dx, dy = _window(stains.shape[1:], cell.x, cell.y, 1.4 * cell.radius)
-    edge = _wobbly_distance(rng, dx, dy, cell.radius, look.wobble, squash=rng.uniform(0.88, 1))
+    edge = _wobbly_distance(rng, dx, dy, cell.radius, kind.wobble, squash=rng.uniform(0.88, 1))
     body = _step((1 - edge) * cell.radius / 3)
     nucleus = _draw_nucleus(rng, label, dx, dy, cell.radius)
-    holes = _draw_dots(rng, dx, dy, cell.radius, look.vacuoles, 0.05)
-    granules = _draw_dots(rng, dx, dy, cell.radius, look.granules, look.granule_radius)
+    holes = _draw_dots(rng, dx, dy, cell.radius, kind.vacuoles, 0.05)
+    granules = _draw_dots(rng, dx, dy, cell.radius, kind.granules, kind.granule_radius)
     smooth = _cloud(rng, edge.shape, 0.16 * cell.radius)
     fine = _cloud(rng, edge.shape, 0.05 * cell.radius)
-    texture = 1 + look.clumps * (0.6 * smooth + 0.7 * fine)
+    texture = 1 + kind.clumps * (0.6 * smooth + 0.7 * fine)
     membrane = np.exp(-((((edge - 0.97) * cell.radius) / 2) ** 2))
 
     layers = stains[:, window[0], window[1]]
     layers *= 1 - body
     solid = body * (1 - 0.8 * holes)
-    layers[_CHROMATIN] += solid * look.chromatin * nucleus * texture
+    layers[_CHROMATIN] += solid * kind.chromatin * nucleus * texture
     layers[_CYTOPLASM] += (
-        solid * (1 - nucleus) * look.cytoplasm * (1 + 0.15 * smooth + 0.12 * fine + 0.3 * membrane)
+        solid * (1 - nucleus) * kind.cytoplasm * (1 + 0.15 * smooth + 0.12 * fine + 0.3 * membrane)
     )
-    layers[_EOSIN] += solid * (1 - 0.8 * nucleus) * look.granule_eosin * granules
+    layers[_EOSIN] += solid * (1 - 0.8 * nucleus) * kind.granule_eosin * granules
     layers[_SHADE] += 0.05 * membrane
 
 
-def _nucleus_plan(label: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Describe a nucleus as lobes in a row and the strand that links them.
-
-    Returns the centres of the lobes (n, 2), their radii (n,), and the width of the strand, all in
-    cell radii from the centre of the cell.
-    """
+def _nucleus_plan(label: str, rng: Generator) -> tuple[np.ndarray, np.ndarray, float]:
+    """A nucleus as lobes in a row and the strand that links them: the centres of the lobes (n, 2),
+    their radii (n,), and the width of the strand, in cell radii from the centre of the cell."""
     if label == "LYMPHOCYTE":
         return rng.uniform(-0.06, 0.06, (1, 2)), rng.uniform(0.80, 0.90, 1), 0.0
     if label == "EOSINOPHIL":
@@ -287,7 +272,7 @@ def _nucleus_plan(label: str, rng: np.random.Generator) -> tuple[np.ndarray, np.
 
 
 def _draw_nucleus(
-    rng: np.random.Generator, label: str, dx: np.ndarray, dy: np.ndarray, radius: float
+    rng: Generator, label: str, dx: np.ndarray, dy: np.ndarray, radius: float
 ) -> np.ndarray:
     """Draw the lobes and the strand, joints rounded: how much is nucleus, float32 0..1."""
     centres, lobe_radii, strand = _nucleus_plan(label, rng)
@@ -306,12 +291,7 @@ def _draw_nucleus(
 
 
 def _draw_dots(
-    rng: np.random.Generator,
-    dx: np.ndarray,
-    dy: np.ndarray,
-    radius: float,
-    count: int,
-    dot_radius: float,
+    rng: Generator, dx: np.ndarray, dy: np.ndarray, radius: float, count: int, dot_radius: float
 ) -> np.ndarray:
     """Scatter dots of `dot_radius` cell radii over a cell: how much is dot, float32 0..1."""
     canvas = np.zeros((dy.size, dx.size), np.uint8)
@@ -320,13 +300,9 @@ def _draw_dots(
     centres = _on_circle(angles, distances) - (dx[0, 0], dy[0, 0])
     radii = dot_radius * radius * rng.uniform(0.7, 1.3, count)
     # OpenCV places circles to 1/16 px when told that four bits are a fraction.
-    for centre, dot, shade in zip(
-        np.rint(centres * 16).astype(int),
-        np.rint(radii * 16).astype(int),
-        rng.integers(110, 256, count),
-        strict=True,
-    ):
-        cv2.circle(canvas, centre.tolist(), int(dot), int(shade), cv2.FILLED, cv2.LINE_AA, 4)
+    places = np.rint(np.column_stack([centres, radii]) * 16).astype(int).tolist()
+    for (*centre, dot), shade in zip(places, rng.integers(110, 256, count).tolist(), strict=True):
+        cv2.circle(canvas, centre, dot, shade, cv2.FILLED, cv2.LINE_AA, 4)
     return canvas.astype(np.float32) / 255
 
 
@@ -338,29 +314,26 @@ def _expose(
     colours: np.ndarray,
     cell: Cell,
     exposure: int,
-    rng: np.random.Generator,
+    rng: Generator,
     size: tuple[int, int],
 ) -> tuple[np.ndarray, Cell]:
-    """Photograph a field: frame, light, focus, vignette, white balance, sensor noise.
-
-    Returns the RGB image, uint8 (height, width, 3), and the white cell in its pixels.
-    """
+    """Photograph a field: position, light, focus, vignette, white balance, sensor noise."""
     width, height = size
-    unit = width / _REFERENCE_WIDTH
+    unit = width / PHOTO_SIZE[0]
     left = top = round(_MARGIN * unit)
     if exposure:
         distance, angle = rng.uniform(20, 40) * unit, rng.uniform(0, 2 * np.pi)
         left += round(distance * np.cos(angle))
         top += round(distance * np.sin(angle))
-    framed = stains[:, top : top + height, left : left + width]
-    absorbance = np.einsum("shw,sc->hwc", framed, colours)
+    visible = stains[:, top : top + height, left : left + width]
+    absorbance = np.einsum("shw,sc->hwc", visible, colours)
 
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     slope = rng.normal(0, 0.025, 2)
     shading = 1 + slope[0] * x + slope[1] * y - rng.uniform(0.01, 0.05) * (x**2 + y**2)
     white = np.array([195, 191, 186]) * rng.normal(1, 0.03) * rng.normal(1, (0.02, 0.012, 0.03))
     light = np.exp(-absorbance) * (shading[..., None] * white).astype(np.float32)
-    # A microscope's light reaches the dark parts of the picture as glare.
+    # A microscope's light reaches the dark parts of the image as glare.
     light = 8 + 0.96 * cv2.GaussianBlur(light, (0, 0), rng.uniform(0.7, 1.15) * unit)
     noise = rng.standard_normal(light.shape, np.float32) * rng.uniform(1.2, 2.4)
     # Colour filters on the sensor spread the noise over neighbouring pixels.
@@ -375,11 +348,8 @@ def _expose(
 def _window(
     shape: tuple[int, int], x: float, y: float, reach: float
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Cut the square of half side `reach` around (x, y) out of an image of (height, width).
-
-    Returns the slices of rows and columns, possibly empty, and how far their pixels lie from (x, y)
-    to the right, float32 (1, w), and down, float32 (h, 1).
-    """
+    """The square of half side `reach` around (x, y), as far as it is in the image: slices of rows
+    and columns, and how far their pixels lie from (x, y), float32 (1, w) and (h, 1)."""
     rows, columns = (
         slice(min(n, max(0, round(at - reach))), max(0, min(n, round(at + reach) + 1)))
         for n, at in zip(shape, (y, x), strict=True)
@@ -390,17 +360,11 @@ def _window(
 
 
 def _wobbly_distance(
-    rng: np.random.Generator,
-    dx: np.ndarray,
-    dy: np.ndarray,
-    radius: float,
-    wobble: float,
-    squash: float,
+    rng: Generator, dx: np.ndarray, dy: np.ndarray, radius: float, wobble: float, squash: float
 ) -> np.ndarray:
-    """Measure distance from the centre in units of an irregular ellipse: 1 on it, below 1 inside.
+    """Distance from the centre in units of an irregular ellipse, float32 (h, w): 1 on it.
 
-    wobble: height of the waves along the outline, as a share of the radius; longer waves are the
-    higher. squash: short axis over long axis. Returns float32 (h, w).
+    wobble: height of the waves along the outline, in radii. squash: short axis over long axis.
     """
     turn = rng.uniform(0, np.pi)
     # Python's floats, unlike NumPy's, leave float32 arrays float32.
@@ -416,7 +380,7 @@ def _wobbly_distance(
     return np.hypot(along, across) / outline
 
 
-def _cloud(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> np.ndarray:
+def _cloud(rng: Generator, shape: tuple[int, int], scale: float) -> np.ndarray:
     """Smooth noise of mean 0 and deviation about 0.7, in blobs of `scale` pixels; float32."""
     height, width = (int(n / scale) + 2 for n in shape)
     coarse = rng.standard_normal((height, width), np.float32)
@@ -437,9 +401,7 @@ def _on_circle(angles: np.ndarray, distances: np.ndarray | float) -> np.ndarray:
 # --- copies --------------------------------------------------------------------------------------
 
 
-def augment_copy(
-    photo: np.ndarray, cell: Cell, rng: np.random.Generator, size: tuple[int, int] = COPY_SIZE
-) -> tuple[np.ndarray, Cell]:
+def augment_copy(photo: np.ndarray, cell: Cell, rng: Generator) -> tuple[np.ndarray, Cell]:
     """Make one copy of a photograph the way the Kaggle set was made.
 
     Flips, rotation up to 20 degrees, shear, a shift up to 10 % and the change of size are composed
@@ -449,23 +411,22 @@ def augment_copy(
         photo: uint8 (height, width, 3).
         cell: the white cell in the photograph's pixels.
         rng: where the choices come from.
-        size: (width, height) of the copy in pixels.
 
     Returns:
-        The copy, uint8 (size[1], size[0], 3), and the white cell in its pixels.
+        The copy, uint8 (240, 320, 3), and the white cell in its pixels.
     """
     height, width = photo.shape[:2]
     flips = np.diag(rng.choice([-1.0, 1.0], 2))
     angle, shear = rng.uniform(-1, 1, 2) * (np.deg2rad(20), 0.15)
     cos, sin = np.cos(angle), np.sin(angle)
     rotation = np.array([[cos, -sin], [sin, cos]])
-    scale = np.diag([size[0] / width, size[1] / height])
+    size = np.array(COPY_SIZE)
+    scale = np.diag(size / (width, height))
     linear = scale @ rotation @ np.array([[1, shear], [0, 1]]) @ flips
     shift = rng.uniform(-0.1, 0.1, 2) * size
     photo_centre = (np.array([width, height]) - 1) / 2
-    copy_centre = (np.array(size) - 1) / 2
-    offset = copy_centre + shift - linear @ photo_centre
-    copy = cv2.warpAffine(photo, np.column_stack([linear, offset]), size, flags=cv2.INTER_LINEAR)
+    offset = (size - 1) / 2 + shift - linear @ photo_centre
+    copy = cv2.warpAffine(photo, np.column_stack([linear, offset]), COPY_SIZE)
     x, y = linear @ (cell.x, cell.y) + offset
     return copy, Cell(float(x), float(y), cell.radius * float(np.sqrt(abs(np.linalg.det(linear)))))
 
@@ -481,7 +442,8 @@ def _shrink(photo: np.ndarray, cell: Cell) -> tuple[np.ndarray, Cell]:
 
 _ORIGINALS = PurePosixPath("dataset-master/dataset-master")
 _COPIES = PurePosixPath("dataset2-master/dataset2-master/images")
-_TEST_SHARE = 0.2
+_TRUTH = ["path", "photo", "field", "x", "y", "radius"]
+_TEST_FRACTION = 0.2
 # Second exposures: enough to matter to an audit, few enough to be the exception they really are.
 _PHOTOS_PER_TWIN = 8
 _MAX_TWINS = 3
@@ -501,22 +463,17 @@ class _Photo:
     copies: tuple[str, ...]
     simple: str | None  # the un-augmented copy that a TEST photograph has
 
-    @property
-    def stem(self) -> str:
-        return f"BloodImage_{self.number:05d}"
-
 
 def make_demo(root: Path, photos_per_class: int = 24, copies: int = 10, seed: int = 0) -> Path:
     """Draw the demo data set into a new folder, in Kaggle's layout.
 
     A fifth of the photographs of each class, at least one, is behind TEST and the rest behind
-    TRAIN. From four photographs per class on, one to three photographs are second exposures of
-    another one's field: the first of them in TEST while that field's first exposure is in TRAIN.
+    TRAIN. From four per class on, one to three photographs are second exposures of another one's
+    field: the first of them in TEST while that field's first exposure is in TRAIN.
 
-    Beside Kaggle's files, ``truth.csv`` holds ``path,photo,field,x,y,radius`` of every copy: the
-    path under the root, the stem of the original, an id that the exposures of one field share,
-    and the white cell in the copy's pixels. ``photos.csv`` holds ``path,photo`` with the field as
-    the photograph, as ``bloodcell audit`` writes it.
+    Besides Kaggle's files, ``truth.csv`` holds of every copy the path, the stem of the original,
+    the field, and the white cell (x, y, radius) in pixels; ``photos.csv`` holds ``path,photo``, as
+    ``bloodcell audit`` writes it.
 
     Args:
         root: the folder to make; it appears only when it is complete.
@@ -547,18 +504,15 @@ def make_demo(root: Path, photos_per_class: int = 24, copies: int = 10, seed: in
         raise ValueError(f"copies must be 1 to {_MAX_SUFFIX}, got {copies}")
     photos = _plan_photos(photos_per_class, copies, seed)
     with atomic_folder(root) as draft:
-        _make_folders(draft, photos)
         with ThreadPoolExecutor() as pool:
             rows = pool.map(lambda photo: _write_photo(draft, photo, seed), photos)
-            truth = sorted(row for group in rows for row in group)
-        _write_csv(draft / "truth.csv", ("path", "photo", "field", "x", "y", "radius"), truth)
+            truth = pd.DataFrame(sorted(row for group in rows for row in group), columns=_TRUTH)
+        write_table(draft / "truth.csv", truth)
         # What `bloodcell audit` would find: the library reads the photographs from here.
-        _write_csv(draft / "photos.csv", ("path", "photo"), ((row[0], row[2]) for row in truth))
-        _write_csv(
-            draft / _ORIGINALS / "labels.csv",
-            ("", "Image", "Category"),
-            (("", photo.number, photo.label) for photo in photos),
-        )
+        write_table(draft / "photos.csv", pd.DataFrame({"path": truth.path, "photo": truth.field}))
+        labels = [("", photo.number, photo.label) for photo in photos]
+        table = pd.DataFrame(labels, columns=["", "Image", "Category"])
+        write_table(draft / _ORIGINALS / "labels.csv", table)
     return root
 
 
@@ -567,7 +521,7 @@ def _plan_photos(photos_per_class: int, copies: int, seed: int) -> list[_Photo]:
     rng = np.random.default_rng(seed)
     numbers = rng.permutation(len(CLASSES) * photos_per_class).reshape(len(CLASSES), -1)
     field_seeds = rng.integers(2**32, size=numbers.shape)
-    n_test = max(1, round(_TEST_SHARE * photos_per_class))
+    n_test = max(1, round(_TEST_FRACTION * photos_per_class))
     n_train = photos_per_class - n_test
     n_twins = 0
     if photos_per_class >= 4:
@@ -601,12 +555,9 @@ def _plan_photos(photos_per_class: int, copies: int, seed: int) -> list[_Photo]:
     return sorted(photos, key=lambda photo: photo.number)
 
 
-def _copy_names(rng: np.random.Generator, n_photos: int, copies: int) -> list[list[str]]:
-    """Name the copies of one class and subset as Kaggle's were: position in a pass, random number.
-
-    Each pass goes through the photographs in another order, so neither number tells the photograph.
-    Returns a list of `copies` file names for each photograph; no name occurs twice.
-    """
+def _copy_names(rng: Generator, n_photos: int, copies: int) -> list[list[str]]:
+    """`copies` unique file names for each photograph of a class and subset, as Kaggle's were:
+    position in a pass through the photographs, each in another order, and a random number."""
     passes = np.stack([rng.permutation(n_photos) for _ in range(copies)])
     suffixes = np.stack([rng.choice(_MAX_SUFFIX, copies, replace=False) for _ in range(n_photos)])
     return [
@@ -615,19 +566,11 @@ def _copy_names(rng: np.random.Generator, n_photos: int, copies: int) -> list[li
     ]
 
 
-def _make_folders(root: Path, photos: Iterable[_Photo]) -> None:
-    """Create every folder that the photographs and their copies go to."""
-    (root / _ORIGINALS / "JPEGImages").mkdir(parents=True)
-    for photo in photos:
-        for path in (photo.copies[0], photo.simple):
-            if path:
-                (root / path).parent.mkdir(parents=True, exist_ok=True)
-
-
 def _write_photo(root: Path, photo: _Photo, seed: int) -> list[tuple]:
     """Draw one photograph, write it and its copies, and return the copies' rows of truth.csv."""
     image, cell = draw_photograph(photo.label, photo.field_seed, photo.exposure)
-    _write_jpeg(root / _ORIGINALS / "JPEGImages" / f"{photo.stem}.jpg", image)
+    stem = f"BloodImage_{photo.number:05d}"
+    _write_jpeg(root / _ORIGINALS / "JPEGImages" / f"{stem}.jpg", image)
     rng = np.random.default_rng([seed, photo.number + 1])  # with 0, the plan's own numbers
     copies = [(path, *augment_copy(image, cell, rng)) for path in photo.copies]
     if photo.simple:
@@ -636,18 +579,12 @@ def _write_photo(root: Path, photo: _Photo, seed: int) -> list[tuple]:
     for path, copy, moved in copies:
         _write_jpeg(root / path, copy)
         place = (f"{value:.2f}" for value in (moved.x, moved.y, moved.radius))
-        rows.append((path, photo.stem, photo.field, *place))
+        rows.append((path, stem, photo.field, *place))
     return rows
 
 
 def _write_jpeg(path: Path, image: np.ndarray) -> None:
     """Write an RGB image, uint8 (height, width, 3), at the quality Pillow used for Kaggle's."""
     _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 75])
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.tobytes())
-
-
-def _write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bloodcell_fastai.data import smears
-from bloodcell_fastai.data.smears import CLASSES, Cell, augment_copy, draw_photograph, make_demo
+from bloodcell_fastai.data import demo as module
+from bloodcell_fastai.data.demo import CLASSES, Cell, augment_copy, draw_photograph, make_demo
 
 ORIGINALS = Path("dataset-master/dataset-master")
 COPIES = Path("dataset2-master/dataset2-master/images")
@@ -84,8 +84,8 @@ def test_second_exposure_shows_the_same_field_shifted(label):
     aligned = cv2.warpAffine(first, np.array([[1.0, 0, dx], [0, 1.0, dy]]), (640, 480))
     middle = np.s_[50:-50, 50:-50, 1]
     assert np.corrcoef(aligned[middle].ravel(), second[middle].ravel())[0, 1] > 0.9
-    stranger = draw_photograph(label, 9)[0]
-    assert np.corrcoef(first[middle].ravel(), stranger[middle].ravel())[0, 1] < 0.6
+    another = draw_photograph(label, 9)[0]
+    assert np.corrcoef(first[middle].ravel(), another[middle].ravel())[0, 1] < 0.6
 
 
 def test_drawing_scales_with_its_size():
@@ -134,7 +134,7 @@ def test_copies_are_turned_mirrored_and_have_black_corners():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_cell_stays_in_the_frame_of_every_copy(seed):
+def test_the_cell_stays_inside_every_copy(seed):
     rng = np.random.default_rng(seed)
     for exposure in (0, 1):
         photo, cell = draw_photograph("EOSINOPHIL", seed, exposure)
@@ -176,14 +176,14 @@ def test_photographs_keep_their_label_and_subset(demo, truth):
 
 
 def test_the_number_in_a_name_is_not_the_photograph():
-    plan = smears._plan_photos(24, 10, seed=0)
+    plan = module._plan_photos(24, 10, seed=0)
     spread = [len({Path(path).name.split("_")[1] for path in photo.copies}) for photo in plan]
     assert min(spread) > 1
 
 
 @pytest.mark.parametrize(("photos_per_class", "pairs"), [(2, 0), (3, 0), (4, 1), (16, 2), (24, 3)])
 def test_a_few_fields_are_exposed_twice_and_one_pair_is_split(photos_per_class, pairs):
-    plan = pd.DataFrame(smears._plan_photos(photos_per_class, 1, seed=0))
+    plan = pd.DataFrame(module._plan_photos(photos_per_class, 1, seed=0))
     fields = plan.groupby("field").agg(
         photos=("number", "size"), subsets=("subset", "nunique"), labels=("label", "nunique")
     )
@@ -191,8 +191,8 @@ def test_a_few_fields_are_exposed_twice_and_one_pair_is_split(photos_per_class, 
     assert (fields.photos <= 2).all()
     assert (fields.subsets == 2).sum() == min(pairs, 1)
     assert (fields.labels == 1).all()
-    share = (plan.subset == "TEST").groupby(plan.label).sum()
-    assert (share == max(1, round(0.2 * photos_per_class))).all()
+    in_test = (plan.subset == "TEST").groupby(plan.label).sum()
+    assert (in_test == max(1, round(0.2 * photos_per_class))).all()
 
 
 def test_every_photograph_is_another_and_has_texture(demo):
@@ -205,7 +205,7 @@ def test_every_photograph_is_another_and_has_texture(demo):
 
 
 def test_same_seed_gives_the_same_bytes_whatever_the_threads(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(smears, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(max_workers=1))
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(max_workers=1))
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -231,7 +231,7 @@ def test_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
     def disk_full(path, image):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(smears, "_write_jpeg", disk_full)
+    monkeypatch.setattr(module, "_write_jpeg", disk_full)
     with pytest.raises(OSError, match="no space"):
         make_demo(tmp_path / "demo", photos_per_class=2, copies=1)
     assert os.listdir(tmp_path) == []

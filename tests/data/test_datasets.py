@@ -3,12 +3,14 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from bloodcell_fastai import BloodcellError
-from bloodcell_fastai.data import dataset
-from bloodcell_fastai.data.dataset import image_size, open_dataset, open_image, read_folder, unpack
+from bloodcell_fastai.data import datasets
+from bloodcell_fastai.data.datasets import open_dataset, read_folder
+from bloodcell_fastai.data.splits import describe_leakage, leakage, split_table
 
 
 def write_images(folder: Path, *names: str, size=(32, 24)) -> None:
@@ -38,6 +40,55 @@ def test_demo_has_kaggles_layout(demo):
     assert demo.warnings == ()
 
 
+def test_the_photographs_of_a_data_set_are_filled_in(demo, demo_root):
+    """From its ``photos.csv``, without another call."""
+    found = open_dataset(demo_root)
+    truth = pd.read_csv(demo_root / "photos.csv").set_index("path").photo
+    assert found.table.photo.tolist() == [
+        truth[Path(path).relative_to(demo_root).as_posix()] for path in found.table.path
+    ]
+    assert found.n_known == len(found.table) > found.table.photo.nunique()
+
+
+def test_photographs_that_are_not_known_are_empty(tmp_path):
+    write_images(tmp_path / "A", "1.png", "2.png", "3.png", "4.png")
+    write_images(tmp_path / "B", "1.png", "2.png", "3.png", "4.png", size=(30, 30))
+    found = read_folder(tmp_path)
+    assert (found.table.photo == "").all()
+    assert found.n_known == 0
+
+    (tmp_path / "photos.csv").write_text(
+        "path,photo\nA/1.png,x\nA/2.png,x\nB/1.png,y\ngone.png,z\n"
+    )
+    found = read_folder(tmp_path)
+    assert found.table.photo.tolist() == ["x", "x", "", "", "y", "", "", ""]
+    assert found.n_known == 3
+    split = split_table(found.table, "photo")
+    assert leakage(split) == 0
+    text = describe_leakage(leakage(split), found.n_known, len(split))
+    assert text.startswith("none found")  # and not "none", which only a full list can tell
+    assert "only 3 of 8 images" in text
+    assert describe_leakage(0.0, 8, 8).startswith("none:")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,photo\nA/1.png,x\nA/1.png,y\n", "holds a path twice"),
+        ("path,field\nA/1.png,x\n", "0 columns photo"),
+        ("path,photo\nA/1.png\n", "rows of another length"),
+    ],
+)
+def test_a_list_of_photographs_that_is_none(tmp_path, text, message):
+    write_images(tmp_path / "A", "1.png")
+    write_images(tmp_path / "B", "1.png")
+    (tmp_path / "photos.csv").write_text(text)
+    with pytest.raises(BloodcellError, match=message) as caught:
+        read_folder(tmp_path)
+    assert isinstance(caught.value, ValueError)
+    assert "bloodcell audit" in caught.value.hint
+
+
 def test_a_zip_gives_the_same_table_as_its_folder(demo, demo_root, tmp_path):
     archive = zip_folder(demo_root, tmp_path / "blood.zip")
     found = open_dataset(archive, home=tmp_path / "data")
@@ -57,42 +108,6 @@ def test_a_zip_is_unpacked_once(tmp_path):
         )
     assert len(found.table) == 4
     assert calls.count("Unpacking") == 4  # the four members of the first time
-
-
-def test_an_interrupted_unpack_leaves_nothing(tmp_path, monkeypatch):
-    write_images(tmp_path / "set/A", "1.png", "2.png")
-    archive = zip_folder(tmp_path / "set", tmp_path / "set.zip")
-
-    def stop(what, done, total):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        unpack(archive, tmp_path / "out", progress=stop)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == []
-    unpack(archive, tmp_path / "out")
-    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
-
-
-@pytest.mark.parametrize("name", ["../evil.jpg", "/evil.jpg", "a/../../evil.jpg", "C:/evil.jpg"])
-def test_a_member_outside_the_target_is_refused(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as zipped:
-        zipped.writestr("A/1.jpg", b"x")
-        zipped.writestr(name, b"x")
-    with pytest.raises(BloodcellError, match="outside"):
-        unpack(tmp_path / "bad.zip", tmp_path / "deep" / "out")
-    assert not (tmp_path / "deep" / "out").exists()
-    assert not list(tmp_path.rglob("evil.jpg"))
-
-
-def test_a_damaged_zip_is_an_error(tmp_path):
-    write_images(tmp_path / "set/A", "1.png", "2.png")
-    archive = zip_folder(tmp_path / "set", tmp_path / "set.zip")
-    damaged = bytearray(archive.read_bytes())
-    damaged[200:260] = bytes(60)
-    archive.write_bytes(damaged)
-    with pytest.raises(BloodcellError, match="cannot be unpacked|not a zip"):
-        unpack(archive, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,15 @@ def test_folders_without_data(tmp_path, prepare, message):
         read_folder(root)
 
 
+@pytest.mark.parametrize("source", ["nowhere", "nowhere.zip"])
+def test_data_that_is_not_there(tmp_path, source):
+    """As Python itself would say it, for who catches that."""
+    with pytest.raises(FileNotFoundError, match="No file or folder") as caught:
+        open_dataset(tmp_path / source)
+    assert isinstance(caught.value, BloodcellError)
+    assert "`data`" in caught.value.hint
+
+
 def test_a_file_that_is_no_zip(tmp_path):
     (tmp_path / "notes.zip").write_text("hello")
     with pytest.raises(BloodcellError, match="neither a folder nor a zip"):
@@ -171,7 +195,7 @@ def test_a_download_is_used(tmp_path):
 
 
 def test_without_data_or_network_the_demo_comes_with_a_warning(tmp_path, demo_root, monkeypatch):
-    monkeypatch.setattr(dataset, "make_demo", lambda folder: shutil.copytree(demo_root, folder))
+    monkeypatch.setattr(datasets, "make_demo", lambda folder: shutil.copytree(demo_root, folder))
     found = open_dataset(home=tmp_path / "data", download=refuse_download)
     assert found.root == tmp_path / "data" / "demo"
     assert "DEMO DATA" in found.warnings[0]
@@ -182,10 +206,10 @@ def test_download_failure_says_what_to_do(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(dataset.socket, "create_connection", offline)
+    monkeypatch.setattr(datasets.socket, "create_connection", offline)
     with pytest.raises(BloodcellError, match="no route to host") as caught:
-        dataset.download_kaggle()
-    assert dataset.KAGGLE_URL in caught.value.hint
+        datasets.download_kaggle()
+    assert datasets.KAGGLE_URL in caught.value.hint
 
 
 def test_an_incomplete_kaggle_set_is_noticed(demo_root, tmp_path):
@@ -194,25 +218,8 @@ def test_an_incomplete_kaggle_set_is_noticed(demo_root, tmp_path):
     assert "Not the whole Kaggle set" in read_folder(copy).warnings[0]
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_every_kind_of_image_is_read_as_rgb(tmp_path, mode):
-    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
-    Image.new("RGB", (20, 10), (200, 100, 50)).convert(mode).save(path)
-    image = open_image(path)
-    assert (image.mode, image.size) == ("RGB", (20, 10))
-    assert image_size(path) == (20, 10)
-
-
-def test_images_are_turned_as_their_exif_says(tmp_path):
-    image = Image.new("RGB", (20, 10))
-    exif = image.getexif()
-    exif[274] = 6  # a quarter turn
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
-
-
 def test_real_counts(real_data):
-    expected = dataset.KAGGLE_COUNTS
+    expected = datasets.KAGGLE_COUNTS
     assert real_data.counts.to_dict("index") == expected
     assert real_data.warnings == ()
     assert len(real_data.originals) == 366

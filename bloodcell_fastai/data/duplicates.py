@@ -1,39 +1,35 @@
 """Which photograph each image is a copy of, found from the pixels.
 
-Copies that were rotated, sheared, shifted, mirrored and shrunk share no hash, but they share
+Copies that were rotated, sheared, shifted, mirrored and shrunk have different hashes but the same
 local features. The steps, each from the literature:
 
 1. **Features.** SIFT keypoints of the green channel (Lowe, IJCV 2004), the channel a blood stain
    absorbs most, with RootSIFT descriptors (Arandjelović and Zisserman, CVPR 2012). Black corners
    left by an augmentation contribute none.
-2. **Candidates.** Descriptors become visual words and images vote for images that share rare
+2. **Candidates.** Descriptors become visual words and images vote for images with the same rare
    words (Sivic and Zisserman, ICCV 2003). The words are the cells of two small codebooks, an
    inverted multi-index (Babenko and Lempitsky, CVPR 2012). A mirror image is a re-ordering of the
-   descriptor, so mirrored copies cost a second look-up and no second detection.
+   descriptor, so mirrored copies cost a second search and no second detection.
 3. **Verification.** The few best candidates are compared: mutually nearest descriptors, an affine
-   map by RANSAC (Fischler and Bolles, CACM 1981), and the correlation of the two pictures once one
+   map by RANSAC (Fischler and Bolles, CACM 1981), and the correlation of the two images once one
    is warped onto the other. Features can agree by chance or because of a printed scale bar; whole
-   pictures cannot.
-4. **Groups.** Verified links join images. A weak link joins two groups only with a second witness
-   on each side, so that one bad link cannot chain strangers together.
+   images cannot.
+4. **Groups.** Verified links join images. Weak links join two groups only if they reach two images
+   of each, so that one wrong link cannot join two photographs.
 
-Labels are never looked at. The answer depends neither on the number of workers, nor on the names
-and the order of the files.
+Labels are not used. The result depends neither on the number of workers, nor on the names and the
+order of the files.
 
-**Cost.** Reading and detection grow linearly with the images and take most of the time (about
-20 ms of one core each); so do verification (a fixed number of comparisons of 0.5 ms for each image)
-and memory (about 50 kB an image). Only the vote compares everything with everything: 1 ms an image
-at 10,000 images, growing with the images, which makes it quadratic. A million images would need
-features kept on disk, a vocabulary of millions of words, so that a word is found in few images
-whatever their number, and the vote on a GPU or by an index such as FAISS. Neither the verification
-nor the grouping would change.
+**Cost.** Reading and detection take most of the time (about 20 ms of one core an image) and grow
+linearly, as do verification and memory (about 50 kB an image). Only the vote is quadratic: 1 ms an
+image at 10,000 images. A million would need features on disk and an index such as FAISS.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from lzma import LZMAError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -47,9 +43,9 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from ..errors import BloodcellError
+from ..errors import BloodcellError, DataError
 from ..files import atomic_path, read_table
-from .dataset import is_image
+from .images import is_image
 
 Progress = Callable[[int, int, str], None]
 
@@ -66,8 +62,8 @@ _DARK = 24  # a pixel is black when no channel exceeds this; JPEG leaves black c
 _RIM = 13  # features nearer to a black corner than half of this, in pixels, describe its edge
 _DESCRIPTOR_SCALE = 512  # RootSIFT values, below 0.5 in practice, are kept as bytes
 
-# On the real set, strangers never passed 8 inliers, and two photographs that overlap by a fifth
-# still correlate at 0.89.
+# On the real set, images of different photographs never had more than 8 inliers, and two
+# photographs that overlap by a fifth still correlate at 0.89.
 _MIN_INLIERS = 10
 _STRONG_INLIERS = 25
 _MIN_AGREEMENT = 0.8
@@ -96,8 +92,8 @@ class _Fit(NamedTuple):
     """How image a lies on image b."""
 
     inliers: int  # matches that agree on one affine map; 0 where the map is absurd
-    agreement: float  # correlation of the pictures where they overlap, -1 to 1
-    cover: float  # share of a, without its black corners, that lies inside b
+    agreement: float  # correlation of the images where they overlap, -1 to 1
+    cover: float  # fraction of a, without its black corners, that lies inside b
     points_a: np.ndarray  # (inliers, 2) float32
     points_b: np.ndarray  # (inliers, 2) float32
 
@@ -128,9 +124,7 @@ class _Link(NamedTuple):
     verified: bool
 
 
-# ---------------------------------------------------------------------------------------------
-# Public functions
-# ---------------------------------------------------------------------------------------------
+# --- public functions ---------------------------------------------------------------------------
 
 
 def find_photos(
@@ -155,10 +149,9 @@ def find_photos(
           originals fits; ``photo-0001`` and so on where no originals were given;
         - ``photo``, the field, which is the unit of independence: photographs that overlap have
           the same one, named after the first of them;
-        - ``inliers``, features that agree with the original, or with the closest sibling;
-        - ``margin``, inliers over those of the runner-up: the next best original, or the closest
-          image of another group. Small, even negative, only where two photographs show the same
-          field. Both are 0 where an image stands alone.
+        - ``inliers``, features that agree with the original, or with the closest other copy;
+        - ``margin``, inliers over those of the next best original, or of the closest image of
+          another group. Both are 0 where an image stands alone.
 
         An unreadable file stands alone. Byte-identical files belong together.
 
@@ -183,14 +176,14 @@ def find_photos(
     with _engine(workers, progress) as engine:
         images = _Collection([Path(path) for path in paths], engine, "reading images")
         if originals:
-            answer = _against_originals(images, [Path(path) for path in originals], engine)
+            columns = _against_originals(images, [Path(path) for path in originals], engine)
         else:
-            answer = _among_themselves(images, engine)
-    return pd.DataFrame({"path": list(paths)} | answer)[COLUMNS]
+            columns = _among_themselves(images, engine)
+    return pd.DataFrame({"path": list(paths)} | columns)[COLUMNS]
 
 
 def known_photos(paths: Sequence[str | Path], table: Path = KAGGLE_TABLE) -> pd.DataFrame:
-    """Look images up in a finished table, by the hash of their bytes, whatever their names.
+    """Look images up in a table of known photographs, by the hash of their bytes.
 
     Returns the rows of :func:`find_photos` for those paths that the table knows, perhaps none.
 
@@ -202,7 +195,7 @@ def known_photos(paths: Sequence[str | Path], table: Path = KAGGLE_TABLE) -> pd.
         known = known[["digest", *COLUMNS[1:]]]
     except (ValueError, KeyError, LZMAError, EOFError) as error:
         reason = str(error).partition("\n")[0]
-        raise BloodcellError(
+        raise DataError(
             f"{table} is no table of known photographs: {reason}.", "Make it with bloodcell audit."
         ) from None
     digests = pd.DataFrame({"path": list(paths), "digest": [digest(path) for path in paths]})
@@ -211,87 +204,49 @@ def known_photos(paths: Sequence[str | Path], table: Path = KAGGLE_TABLE) -> pd.
 
 def write_known_photos(found: pd.DataFrame, table: Path = KAGGLE_TABLE) -> None:
     """Write a result of :func:`find_photos` as a table for :func:`known_photos`."""
-    rows = found.assign(digest=[digest(path) for path in found["path"]]).drop(columns="path")
+    rows = found.assign(digest=[digest(path) for path in found["path"]])
     rows = rows[rows["digest"] != ""].drop_duplicates("digest").sort_values("digest")
-    columns = ["digest", *COLUMNS[1:]]
     with atomic_path(table) as part:
-        rows[columns].to_csv(part, index=False, compression="xz")
+        rows[["digest", *COLUMNS[1:]]].to_csv(part, index=False, compression="xz")
 
 
 def with_photos(table: pd.DataFrame, root: Path) -> pd.DataFrame:
     """The image table with ``photo`` filled in where the photographs are known already.
 
-    They are if ``root`` holds a ``photos.csv`` (columns ``path``, relative to it, and ``photo``),
-    as ``bloodcell audit --out`` writes it, or if the images are those of Kaggle's set.
-
-    Args:
-        table: image table with absolute ``path``.
-        root: folder of the data set.
-
-    Returns:
-        A new table. ``photo`` is an id that the copies of one photograph share, and stays the
-        image's own path where its photograph is not known.
+    They are if ``root``, the folder of the data set, holds a ``photos.csv`` (columns ``path``,
+    relative to it, and ``photo``), or if the images are those of Kaggle's set. ``photo`` is empty
+    where the photograph is not known.
 
     Raises:
         BloodcellError: that file is no such table.
-
-    Examples:
-        >>> from bloodcell_fastai import open_dataset, with_photos
-        >>> dataset = open_dataset("demo")
-        >>> table = with_photos(dataset.table, dataset.root)
-        >>> table.photo.nunique() < dataset.table.photo.nunique() == len(table)
-        True
     """
     listed = Path(root) / "photos.csv"
     if listed.is_file():
         hint = "Make it anew with bloodcell audit, or remove it."
         found = read_table(listed, ["path", "photo"], hint=hint)
         if found["path"].duplicated().any():
-            raise BloodcellError(f"{listed} holds a path twice.", hint)
+            raise DataError(f"{listed} holds a path twice.", hint)
         found["path"] = [str(Path(root) / path) for path in found["path"]]
     else:
         found = known_photos(table["path"])
     photo_of = dict(zip(found["path"], found["photo"], strict=True))
-    return table.assign(photo=[photo_of.get(path, path) for path in table["path"]])
+    return table.assign(photo=[photo_of.get(path, "") for path in table["path"]])
 
 
-def pair_scores(found: Iterable, truth: Iterable) -> tuple[float, float]:
-    """Precision and recall, 0 to 1, of sibling pairs: two images said to be of one photograph.
-
-    Args:
-        found, truth: a group id for each image, in the same order. No pairs count as 1.0.
-
-    Pairs are counted from the sizes of groups, in time linear in the images.
-    """
-    table = pd.DataFrame({"found": list(found), "truth": list(truth)})
-    both = _pairs(table.groupby(["found", "truth"]).size())
-    said = _pairs(table.groupby("found").size())
-    true = _pairs(table.groupby("truth").size())
-    return (both / said if said else 1.0), (both / true if true else 1.0)
-
-
-def match_pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Points that show the same thing in two images, one perhaps a mirror image of the other.
-
-    Returns two arrays (n, 2) of float32, x and y in pixels of the files; n is 0 where the images
-    do not match. Meant for drawing.
-    """
+def match_pair(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Points that show the same thing in two images, one perhaps mirrored: two arrays (n, 2) of
+    float32, x and y in pixels of the files; n is 0 where the images do not match."""
     fit, mirrored, first, second = _best_fit(a, b)
     points = _mirror_points(fit.points_a, first.width) if mirrored else fit.points_a
     return points / first.scale, fit.points_b / second.scale
 
 
-def overlap(a: Path, b: Path) -> float:
-    """Share of image a, without its black corners, that image b shows too, 0 to 1.
-
-    Tells two photographs of one cell from neighbours that share a strip of background.
-    """
+def overlap(a: str | Path, b: str | Path) -> float:
+    """Fraction of image a, without its black corners, that image b shows too, 0 to 1."""
     return _best_fit(a, b)[0].cover
 
 
-# ---------------------------------------------------------------------------------------------
-# The two ways to an answer
-# ---------------------------------------------------------------------------------------------
+# --- with originals, and without ----------------------------------------------------------------
 
 
 def _against_originals(images: "_Collection", originals: list[Path], engine: "_Engine") -> dict:
@@ -306,7 +261,7 @@ def _against_originals(images: "_Collection", originals: list[Path], engine: "_E
     # the missing originals, and which of those belong to a field.
     stray = np.flatnonzero(best < 0)
     together = photos.features + [images.features[i] for i in stray]
-    # Photographs of one field may share no more than a strip, hence many candidates.
+    # Photographs of one field may overlap in no more than a strip, hence many candidates.
     links = _link(together, _MANY_CANDIDATES, engine)
     n = len(photos.features)
     fields = _join_originals(_group(len(together), links), links, n)
@@ -346,51 +301,43 @@ def _assign(
     images: list[_Features], originals: list[_Features], index: "_Index", engine: "_Engine"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each image: number of its original (-1 for none), inliers, margin to the runner-up."""
-    best = np.full(len(images), -1)
-    inliers = np.zeros(len(images), int)
-    margin = np.zeros(len(images), int)
-    todo = np.arange(len(images))
+    found = np.zeros((len(images), 3), int)
+    found[:, 0] = -1
+    choose = partial(_choose, originals=originals)
     for count in (_CANDIDATES, _MANY_CANDIDATES):
+        todo = np.flatnonzero(found[:, 0] < 0)
         queries = [images[i] for i in todo]
         candidates = index.candidates(index.words(queries), count, "searching originals")
         tasks = list(zip(queries, candidates, strict=True))
-        choose = partial(_choose, originals=originals)
-        found = list(engine.map(choose, tasks, "comparing with originals"))
-        best[todo], inliers[todo], margin[todo] = np.array(found, int).reshape(-1, 3).T
-        todo = np.flatnonzero(best < 0)
-    return best, inliers, margin
+        chosen = list(engine.map(choose, tasks, "comparing with originals"))
+        found[todo] = np.array(chosen, int).reshape(-1, 3)
+    return found[:, 0], found[:, 1], found[:, 2]
 
 
 def _choose(task: tuple, originals: list[_Features]) -> tuple[int, int, int]:
-    """The original of one image among its candidates, with inliers and margin."""
+    """The original of one image among its candidates (-1 for none), with inliers and margin."""
     image, candidates = task
-    fits = [
-        (k, _fit(_mirror(image) if mirrored else image, originals[k])) for k, mirrored in candidates
-    ]
+    fits = [(k, _fit(image, originals[k], mirrored)) for k, mirrored in candidates]
     copies = [(k, fit) for k, fit in fits if fit.is_copy]
     if not copies:
         return -1, 0, 0
-    # Two photographs of one field tie in inliers, give or take a few. The pictures tell them
-    # apart: only the true original, warped onto the copy, explains all of it.
+    # Two photographs of one field have nearly as many inliers. Correlation distinguishes them: only
+    # the true original, warped onto the copy, matches all of it.
     most = max(fit.inliers for _, fit in copies)
     k, fit = max((c for c in copies if c[1].inliers >= most / 2), key=lambda c: c[1].likeness)
     runner_up = max((other.inliers for j, other in fits if j != k), default=0)
     return k, fit.inliers, fit.inliers - runner_up
 
 
-# ---------------------------------------------------------------------------------------------
-# Links and groups
-# ---------------------------------------------------------------------------------------------
+# --- links and groups ---------------------------------------------------------------------------
 
 
 def _link(images: list[_Features], count: int, engine: "_Engine") -> list[_Link]:
     """Compare each image with its best candidates, then again with those of other groups.
 
-    An image has up to hundreds of siblings, which fill the first list of candidates. The later
-    rounds look beyond the group found so far, until no groups join.
-
-    Args:
-        count: candidates of an image in a round.
+    A photograph can have hundreds of copies, which fill the first list of candidates. The later
+    rounds search outside the group found so far, until no groups join. ``count`` is the number of
+    candidates of an image in a round.
     """
     index = _Index(images, engine)
     words = index.words(images)
@@ -399,11 +346,7 @@ def _link(images: list[_Features], count: int, engine: "_Engine") -> list[_Link]
     for turn in range(1, _ROUNDS + 1):
         stage = f"comparing images, round {turn}"
         found = index.candidates(words, count, f"searching, round {turn}", groups)
-        wanted = {
-            (min(a, b), max(a, b), mirrored)
-            for a, candidates in enumerate(found)
-            for b, mirrored in candidates
-        }
+        wanted = {(min(a, b), max(a, b), m) for a, best in enumerate(found) for b, m in best}
         tasks = sorted(wanted - links.keys())
         compare = partial(_compare, images=images)
         links |= zip(tasks, engine.map(compare, tasks, stage), strict=True)
@@ -415,46 +358,40 @@ def _link(images: list[_Features], count: int, engine: "_Engine") -> list[_Link]
 
 def _compare(task: tuple[int, int, bool], images: list[_Features]) -> _Link:
     a, b, mirrored = task
-    fit = _fit(_mirror(images[a]) if mirrored else images[a], images[b])
+    fit = _fit(images[a], images[b], mirrored)
     return _Link(a, b, fit.inliers, fit.verified)
 
 
 def _group(count: int, links: list[_Link]) -> np.ndarray:
     """Number the group of each image, (count,) int.
 
-    Strong links join at once. Weak ones join two groups when they touch two images on each side
-    (or all of a smaller group). All groups are judged before any is joined, and then again, so
-    that the order of the links does not matter.
+    Strong links join at once. Weak ones join two groups if they reach two images of each (or all
+    of a smaller group); in rounds, so that the order of the links does not matter.
     """
     links = [link for link in links if link.verified]
     ends = np.array([(link.a, link.b) for link in links], int).reshape(-1, 2)
     strong = np.array([link.inliers >= _STRONG_INLIERS for link in links], bool)
     groups = _components(count, ends[strong])
-    while True:
-        joins = _witnessed(groups, ends[~strong])
-        if not len(joins):
-            return groups
+    while len(joins := _supported_joins(groups, ends[~strong])):
         groups = _components(groups.max() + 1, joins)[groups]
+    return groups
 
 
 def _join_originals(groups: np.ndarray, links: list[_Link], n: int) -> np.ndarray:
-    """Join also the first n images by any verified link.
-
-    Each field has but one or two originals, so that no second witness can be asked for.
-    """
+    """Join also the first n images by any verified link: a field has one or two originals, so
+    that a second link cannot be required."""
     ends = [(link.a, link.b) for link in links if link.verified and link.b < n]
     joins = groups[np.array(ends, int).reshape(-1, 2)]
     return _components(groups.max() + 1, joins)[groups]
 
 
-def _witnessed(groups: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _supported_joins(groups: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Pairs of groups, (m, 2) int, that enough of the links between images join."""
     sides = groups[ends]
-    between = sides[:, 0] != sides[:, 1]
-    ends, sides = ends[between], sides[between]
-    swap = sides[:, 0] > sides[:, 1]
-    ends[swap], sides[swap] = ends[swap, ::-1], sides[swap, ::-1]
-    table = pd.DataFrame(np.hstack([sides, ends]), columns=["left", "right", "a", "b"])
+    order = sides.argsort(axis=1, kind="stable")
+    columns = np.hstack([np.take_along_axis(each, order, 1) for each in (sides, ends)])
+    table = pd.DataFrame(columns, columns=["left", "right", "a", "b"])
+    table = table[table["left"] != table["right"]]
     seen = table.groupby(["left", "right"])[["a", "b"]].nunique().reset_index()
     needed = np.minimum(np.bincount(groups), 2)
     enough = (seen["a"] >= needed[seen["left"]]) & (seen["b"] >= needed[seen["right"]])
@@ -467,9 +404,8 @@ def _components(count: int, ends: np.ndarray) -> np.ndarray:
 
 
 def _support(groups: np.ndarray, links: list[_Link]) -> tuple[np.ndarray, np.ndarray]:
-    """For each image: inliers of its best link in the group, and how far none outside reaches."""
-    inside = np.zeros(len(groups), int)
-    outside = np.zeros(len(groups), int)
+    """For each image: inliers of its best link in the group, and that less the best outside."""
+    inside, outside = np.zeros((2, len(groups)), int)
     for link in links:
         best = inside if groups[link.a] == groups[link.b] else outside
         for end in (link.a, link.b):
@@ -485,16 +421,10 @@ def _number(groups: np.ndarray, first: list[int], word: str) -> list[str]:
     return [f"{word}-{numbers[group]:04d}" for group in groups]
 
 
-def _pairs(sizes: pd.Series) -> int:
-    return int((sizes * (sizes - 1) // 2).sum())
+# --- one image, two images ----------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------
-# One image, two images
-# ---------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> _Features | None:
+def _read(path: str | Path) -> _Features | None:
     """Features of an image file; None where it cannot be read."""
     if not is_image(path):  # OpenCV knows formats that are better left alone, and no limit
         return None
@@ -548,17 +478,10 @@ def _without_corners(image: np.ndarray) -> np.ndarray:
     return shown[regions]
 
 
-def _mirror_order() -> np.ndarray:
-    """Order, (128,) int, in which a descriptor describes the mirror image.
-
-    A descriptor holds 4 rows of 4 cells with 8 directions each, in the frame of the keypoint's own
-    direction, which mirroring turns along with it: rows swap, directions change sign.
-    """
-    cells = np.arange(128).reshape(4, 4, 8)
-    return cells[::-1][:, :, -np.arange(8) % 8].ravel()
-
-
-_MIRROR_ORDER = _mirror_order()
+# The order in which a descriptor describes the mirror image. It holds 4 rows of 4 cells with 8
+# directions each, in the frame of the keypoint's own direction, which mirroring turns along with
+# it: rows swap, directions change sign.
+_MIRROR_ORDER = np.arange(128).reshape(4, 4, 8)[::-1][:, :, -np.arange(8) % 8].ravel()
 
 
 def _mirror(image: _Features) -> _Features:
@@ -574,8 +497,9 @@ def _mirror_points(points: np.ndarray, width: int) -> np.ndarray:
     return np.stack([width - 1 - points[:, 0], points[:, 1]], axis=1)
 
 
-def _fit(a: _Features, b: _Features) -> _Fit:
-    """Lay image a on image b by an affine map."""
+def _fit(a: _Features, b: _Features, mirrored: bool) -> _Fit:
+    """Lay image a, or its mirror image, on image b by an affine map."""
+    a = _mirror(a) if mirrored else a
     points_a, points_b = _mutual_matches(a, b)
     nothing = _Fit(0, 0.0, 0.0, points_a[:0], points_b[:0])
     if len(points_a) < 4:
@@ -594,10 +518,10 @@ def _fit(a: _Features, b: _Features) -> _Fit:
     return _Fit(inliers, *_agreement(a.small, b.small, affine), points_a, points_b)
 
 
-def _best_fit(a: Path, b: Path) -> tuple[_Fit, bool, _Features, _Features]:
+def _best_fit(a: str | Path, b: str | Path) -> tuple[_Fit, bool, _Features, _Features]:
     """Verified fit of two files (empty where there is none), whether a had to be mirrored."""
     first, second = (_read(path) or _blank() for path in (a, b))
-    fits = [(_fit(first, second), False), (_fit(_mirror(first), second), True)]
+    fits = [(_fit(first, second, mirrored), mirrored) for mirrored in (False, True)]
     fit, mirrored = max(fits, key=lambda entry: entry[0].inliers)
     if not fit.verified:
         fit = _Fit(0, 0.0, 0.0, fit.points_a[:0], fit.points_b[:0])
@@ -610,24 +534,23 @@ def _mutual_matches(a: _Features, b: _Features) -> tuple[np.ndarray, np.ndarray]
         return a.points[:0], b.points[:0]
     similarity = a.descriptors.astype(np.float32) @ b.descriptors.astype(np.float32).T
     to_b, to_a = similarity.argmax(axis=1), similarity.argmax(axis=0)
-    mutual = np.flatnonzero(to_a[to_b] == np.arange(len(to_b)))
+    mutual = to_a[to_b] == np.arange(len(to_b))
     return a.points[mutual], b.points[to_b[mutual]]
 
 
 def _plausible(linear: np.ndarray) -> bool:
-    """Whether an augmentation could do that: no mirroring, at most threefold, little squeezing."""
+    """Whether an augmentation could do that: no mirroring, at most threefold, little stretching."""
     large, little = np.linalg.svd(linear, compute_uv=False)
     return bool(np.linalg.det(linear) > 0 and little > 1 / 3 and large < 3 and large < 2 * little)
 
 
 def _agreement(a: np.ndarray, b: np.ndarray, affine: np.ndarray) -> tuple[float, float]:
-    """Correlation of two pictures once b is warped onto a, and the share of a that b covers.
+    """Correlation of two images once b is warped onto a, and the fraction of a that b covers.
 
     Correlation is the residual of the warp, freed from differences of brightness and contrast.
 
-    Args:
-        a, b: (h, w) uint8, 0 where there is no picture; half the size ``affine`` is for.
-        affine: (2, 3), from pixels of a to pixels of b.
+    The images are (h, w) uint8, 0 where there is none, of half the size that ``affine`` (2, 3),
+    from pixels of a to pixels of b, is for.
     """
     # Centres of the halved pixels lie at 2x + 0.5 of the full grid.
     shift = affine[:, :2] @ [0.5, 0.5] + affine[:, 2] - 0.5
@@ -640,25 +563,20 @@ def _agreement(a: np.ndarray, b: np.ndarray, affine: np.ndarray) -> tuple[float,
     inner = cv2.erode(overlap, np.ones((3, 3), np.uint8)) > 0
     if not inner.any():
         return 0.0, 0.0
-    x, y = (picture[inner].astype(np.float32) for picture in (a, warped))
+    x, y = (image[inner].astype(np.float32) for image in (a, warped))
     x, y = x - x.mean(), y - y.mean()
     return float(x @ y / np.sqrt((x @ x) * (y @ y) + 1e-6)), float(overlap.sum() / area)
 
 
-# ---------------------------------------------------------------------------------------------
-# Candidates
-# ---------------------------------------------------------------------------------------------
+# --- candidates ---------------------------------------------------------------------------------
 
 
-class _Words(NamedTuple):
-    """Visual words of images: sparse matrices (images, words) of 0 and 1."""
-
-    straight: sparse.csr_matrix
-    mirrored: sparse.csr_matrix
+_Words = list[sparse.csr_matrix]
+"""Visual words of images, and of their mirror images: matrices (images, words) of 0 and 1."""
 
 
 class _Index:
-    """Finds the images that share rare visual words with a query."""
+    """Finds the images that have rare visual words in common with a query."""
 
     _BLOCK = 128  # images at a time; fixed, since rounding may depend on it
     _SAMPLE = 60_000  # descriptors that the codebooks are learned from
@@ -667,7 +585,7 @@ class _Index:
     def __init__(self, images: list[_Features], engine: "_Engine"):
         self.engine = engine
         self._learn(images)
-        words = self.words(images).straight
+        words = self.words(images)[0]
         frequency = np.bincount(words.indices, minlength=words.shape[1])
         rarity = np.log(1 + len(images) / np.maximum(frequency, 1)).astype(np.float32) ** 2
         length = np.sqrt(words @ rarity)
@@ -675,24 +593,21 @@ class _Index:
         self.votes = scaled.T.tocsr().astype(np.float32)  # (words, images)
 
     def words(self, images: list[_Features]) -> _Words:
-        """Words of any images, to be looked up."""
         blocks = [images[i : i + self._BLOCK] for i in range(0, len(images), self._BLOCK)]
         found = list(self.engine.map(self._block_words, blocks, "indexing"))
         nothing = sparse.csr_matrix((0, self._CODES**2), dtype=np.float32)
         parts = ([nothing, *(block[side] for block in found)] for side in (0, 1))
-        return _Words(*(sparse.vstack(part).tocsr() for part in parts))
+        return [sparse.vstack(part).tocsr() for part in parts]
 
     def candidates(
         self, words: _Words, count: int, stage: str, groups: np.ndarray | None = None
     ) -> list[list[tuple[int, bool]]]:
         """For each query the best images, best first, each with whether it would be mirrored.
 
-        Args:
-            words: of the queries.
-            groups: (images,) int, where the queries are the images themselves: candidates come
-                from other groups than the query's own.
+        With ``groups``, (images,) int, the queries are the images themselves, and the candidates
+        come from other groups than the query's own.
         """
-        starts = range(0, words.straight.shape[0], self._BLOCK)
+        starts = range(0, words[0].shape[0], self._BLOCK)
         search = partial(self._search, words=words, count=count, groups=groups)
         return [found for block in self.engine.map(search, starts, stage) for found in block]
 
@@ -716,7 +631,7 @@ class _Index:
         ]
 
     def _learn(self, images: list[_Features]) -> None:
-        """Two codebooks, each on its share of the principal components of the descriptors."""
+        """Two codebooks, each on a half of the principal components of the descriptors."""
         total = sum(len(image.descriptors) for image in images)
         # Images come in the order of their hashes: every k-th is a random sample.
         step = max(1, total // self._SAMPLE)
@@ -729,7 +644,8 @@ class _Index:
         self.mean = sample.mean(axis=0)
         _, axes = np.linalg.eigh(np.cov(sample - self.mean, rowvar=False, bias=True))
         axes = axes[:, ::-1].astype(np.float32)  # strongest first
-        for columns in (np.r_[0:48:4, 3:48:4], np.r_[1:48:4, 2:48:4]):  # two equal shares
+        # Two halves of about equal variance.
+        for columns in (np.r_[0:48:4, 3:48:4], np.r_[1:48:4, 2:48:4]):
             projected = (sample - self.mean) @ axes[:, columns]
             codes = min(self._CODES, len(np.unique(projected, axis=0)))
             means = KMeans(codes, n_init=1, max_iter=15, random_state=0).fit(projected)
@@ -740,12 +656,11 @@ class _Index:
         rows = np.repeat(np.arange(len(images)), [len(image.descriptors) for image in images])
         parts = []
         for described in (descriptors, descriptors[:, _MIRROR_ORDER]):
-            occurs = np.ones(len(rows), np.float32)
-            place = (rows, self._quantise(described))
+            occurs, place = np.ones(len(rows), np.float32), (rows, self._quantise(described))
             matrix = sparse.csr_matrix((occurs, place), (len(images), self._CODES**2))
             matrix.data[:] = 1  # a word that occurs twice was added up
             parts.append(matrix)
-        return _Words(*parts)
+        return parts
 
     def _quantise(self, descriptors: np.ndarray) -> np.ndarray:
         """Word of each descriptor, (n, 128) uint8 -> (n,) int."""
@@ -757,15 +672,12 @@ class _Index:
         return words
 
 
-# ---------------------------------------------------------------------------------------------
-# Files and threads
-# ---------------------------------------------------------------------------------------------
+# --- files and threads --------------------------------------------------------------------------
 
 
 class _Collection:
-    """The different readable images among some files.
-
-    Files are taken in the order of their hashes, so that neither names nor order have a say.
+    """The different images among some files, in the order of their hashes, so that neither names
+    nor order have a say.
 
     Attributes:
         features: one for each different content.
@@ -777,28 +689,21 @@ class _Collection:
         for i, path in enumerate(paths):
             # A file that cannot be opened is like no other.
             by_digest.setdefault(digest(path) or f"unreadable {i}", []).append(i)
-        digests = sorted(by_digest)
-        files = [paths[by_digest[key][0]] for key in digests]
-        read = list(engine.map(_read, files, stage))
-        self.features, self.positions = [], []
-        for key, features in zip(digests, read, strict=True):
-            if features is not None:
-                self.features.append(features)
-                self.positions.append(by_digest[key])
-            else:
-                # Nothing is known of a file that is no image, not even if another equals it.
-                for i in by_digest[key]:
-                    self.features.append(_blank())
-                    self.positions.append([i])
-        self.first = [positions[0] for positions in self.positions]
-        self.count = len(paths)
+        same_files = [by_digest[key] for key in sorted(by_digest)]
+        read = list(engine.map(_read, [paths[same[0]] for same in same_files], stage))
+        self.features: list[_Features] = []
+        self.first: list[int] = []
+        self.content = np.empty(len(paths), int)
+        for same, features in zip(same_files, read, strict=True):
+            # Nothing is known of a file that is no image, not even if another equals it.
+            for positions in [same] if features else [[i] for i in same]:
+                self.content[positions] = len(self.features)
+                self.features.append(features or _blank())
+                self.first.append(positions[0])
 
     def spread(self, **columns: np.ndarray) -> dict[str, np.ndarray]:
         """Columns by image content -> columns by file."""
-        content = np.empty(self.count, int)
-        for k, positions in enumerate(self.positions):
-            content[positions] = k
-        return {name: values[content] for name, values in columns.items()}
+        return {name: values[self.content] for name, values in columns.items()}
 
 
 def digest(path: str | Path) -> str:
@@ -806,9 +711,15 @@ def digest(path: str | Path) -> str:
     if not os.path.isfile(path):  # noqa: PTH113 a pipe would wait for ever; False for any name
         return ""
     try:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        state = os.stat(path)  # noqa: PTH116 for every image: speed
+        return _digest(str(path), state.st_size, state.st_mtime_ns)
     except OSError:
         return ""
+
+
+@lru_cache(maxsize=2**18)  # most are asked for again, for another comparison
+def _digest(path: str, size: int, mtime: int) -> str:
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
 
 def _unique_names(paths: list[Path]) -> list[str]:
@@ -821,7 +732,7 @@ def _unique_names(paths: list[Path]) -> list[str]:
 
 
 class _Engine(NamedTuple):
-    """Threads, and somebody to tell how far they are."""
+    """Threads that report their progress."""
 
     pool: ThreadPool
     progress: Progress | None
@@ -837,11 +748,8 @@ class _Engine(NamedTuple):
 
 @contextmanager
 def _engine(workers: int | None, progress: Progress | None) -> Iterator[_Engine]:
-    """Threads suffice, since OpenCV and NumPy release the interpreter while they compute.
-
-    Each computes on one core: the libraries' own threads would compete with these, and would let
-    rounding depend on their number.
-    """
+    """Threads that compute on one core each: the libraries' own would compete with these, and would
+    let rounding depend on their number."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -2,14 +2,15 @@ import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import Normalize
+from fastai.vision.all import DataLoaders, Normalize
 
 from bloodcell_fastai import BloodcellError, augmentation, blood_dls, split_table
-from bloodcell_fastai.data.blocks import BloodImage, image_dls, normalization
-from bloodcell_fastai.data.dataset import open_image
-from bloodcell_fastai.data.framing import framed
+from bloodcell_fastai.config import ResolvedConfig
+from bloodcell_fastai.data.cache import decode
+from bloodcell_fastai.data.loaders import BloodImage, config_dls, normalization
 
 ARCH = "maxvit_nano_rw_256.sw_in1k"
 
@@ -34,6 +35,29 @@ def test_a_batch(dls, table):
     assert len(dls.valid_ds) == (table.part == "valid").sum()
 
 
+def test_the_batches_know_what_they_are_made_for(dls, table):
+    assert isinstance(dls, DataLoaders)
+    assert (dls.arch, dls.size, dls.crop) == (ARCH, 64, "cell")
+    assert (dls.reader.size, dls.reader.crop) == (64, "cell")
+    whole = blood_dls(table, "resnet18", 32, crop="frame", cache=False)
+    assert (whole.arch, whole.size, whole.crop) == ("resnet18", 32, "frame")
+
+
+def test_the_options_of_a_run(table):
+    config = ResolvedConfig(
+        arch="resnet18",
+        size=32,
+        bs=4,
+        crop="frame",
+        stain=0,
+        classes=tuple(sorted(set(table.label))),
+    )
+    dls = config_dls(table, config, cache=False)
+    assert (dls.arch, dls.size, dls.crop, dls.bs) == ("resnet18", 32, "frame", 4)
+    names = {type(transform).__name__ for transform in dls.train.after_batch}
+    assert "Sharpness" in names and "Stain" not in names
+
+
 def test_labels_follow_the_table(dls, table):
     valid = table[table.part == "valid"]
     names = [dls.vocab[label] for _, label in dls.valid_ds]
@@ -49,21 +73,15 @@ def test_normalised_with_the_models_own_numbers(dls):
 
 
 @pytest.mark.parametrize("crop", ["cell", "frame"])
-def test_validation_pictures_are_framed_and_squeezed(table, crop):
+def test_validation_images_are_cropped_and_resized(table, crop):
     path = table.path[table.part == "valid"].iloc[0]
     image = blood_dls(table, ARCH, 64, crop=crop, cache=False).valid.one_batch()[0][0]
-    expected = np.asarray(framed(open_image(path), crop).resize((64, 64), 2)) / 255 * 2 - 1
+    expected = decode(path, 64, crop).pixels / 255 * 2 - 1
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 0.02
 
 
-def test_prediction_sees_the_validation_pictures(dls, table):
-    valid = table[table.part == "valid"]
-    unlabelled = image_dls(valid.path, ARCH, size=64)
-    assert torch.equal(unlabelled.valid.one_batch()[0], dls.valid.one_batch()[0])
-
-
 def test_batches_are_those_of_fastais_own_loader(dls, monkeypatch):
-    theirs = list(dls.valid.new(pixels=None, bs=8))  # item by item
+    theirs = list(dls.valid.new(reader=None, bs=8))  # item by item
     monkeypatch.setattr(BloodImage, "create", None)  # ours opens no single images
     for ours, expected in zip(dls.valid.new(bs=8), theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
@@ -78,6 +96,17 @@ def test_other_images_can_be_loaded_with_the_same_transforms(dls, demo_table):
     assert torch.equal(dls.test_dl(rows).one_batch()[0], labelled[0])
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_can_be_repeated(table, cache):
+    """As one does to show a rare class more often."""
+    again = table.iloc[[0, 0, 1, 0]].assign(part="valid")
+    dls = blood_dls(pd.concat([table, again]), size=32, cache=cache)
+    images, labels = next(iter(dls.test_dl(again, with_labels=True)))
+    assert len(images) == len(labels) == 4
+    assert torch.equal(images[0], images[3]) and not torch.equal(images[0], images[2])
+    assert len(dls.valid_ds) == (table.part == "valid").sum() + 4
+
+
 def test_an_image_that_vanished_is_named(table, tmp_path):
     row = table.index[table.part == "valid"][3]
     copy = shutil.copy(table.path[row], tmp_path / "gone.jpg")
@@ -88,7 +117,7 @@ def test_an_image_that_vanished_is_named(table, tmp_path):
         dls.valid.one_batch()
 
 
-def test_training_pictures_vary_and_validation_pictures_do_not(table):
+def test_training_images_vary_and_validation_images_do_not(table):
     one = table.assign(part=["train", *["valid"] * (len(table) - 1)])
     one = one[(one.part == "train") | (one.label == one.label.iloc[0])]
     dls = blood_dls(one, size=64, bs=1, classes=sorted(set(one.label)))
@@ -101,22 +130,24 @@ def test_training_pictures_vary_and_validation_pictures_do_not(table):
 def test_augmentation_leaves_no_black_corners(table):
     bright = blood_dls(table, size=64, bs=16, batch_tfms=augmentation(lighting=0))
     plain = blood_dls(table, size=64, bs=16, batch_tfms=[])
-    share = [(dls.train.one_batch()[0] < -0.98).all(1).float().mean() for dls in (bright, plain)]
-    # Rotating by any angle with black fill would add a fifth of the picture and more.
-    assert share[0] < share[1] + 0.1
+    black = [(dls.train.one_batch()[0] < -0.98).all(1).float().mean() for dls in (bright, plain)]
+    # Rotating by any angle with black fill would add a fifth of the image and more.
+    assert black[0] < black[1] + 0.1
 
 
 def test_show_batch(dls):
+    plt.close("all")
     dls.show_batch(max_n=4)
+    assert len([axis for axis in plt.gcf().axes if axis.images]) == 4
 
 
-def test_one_picture_can_be_shown_in_several_guises(dls):
+def test_one_image_can_be_shown_augmented_several_times(dls):
     dls.train.show_batch(max_n=4, unique=True)
     axes = [axis for axis in plt.gcf().axes if axis.images]
     assert len(axes) == 4
     assert len({axis.get_title() for axis in axes}) == 1
-    pictures = [np.asarray(axis.images[0].get_array()) for axis in axes]
-    assert not np.array_equal(pictures[0], pictures[1])
+    images = [np.asarray(axis.images[0].get_array()) for axis in axes]
+    assert not np.array_equal(images[0], images[1])
 
 
 def test_the_order_of_the_classes_can_be_given(table):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from fastai.vision.all import AffineCoordTfm, TensorImage, aug_transforms, set_seed
 
-from bloodcell_fastai.data.augmentation import (
+from bloodcell_fastai.data.augment import (
     DYES,
     Noise,
     Sharpness,
@@ -50,7 +50,7 @@ def fastais(batch, **options):
     ],
     ids=["all", "no flip", "no warp", "no lighting"],
 )
-def test_it_makes_fastais_pictures(batch, ours, theirs):
+def test_it_makes_fastais_images(batch, ours, theirs):
     set_seed(1)
     expected, _ = fastais(batch, **theirs)
     set_seed(1)
@@ -63,7 +63,7 @@ def test_it_makes_fastais_pictures(batch, ours, theirs):
 
 
 def test_its_parameters_are_distributed_as_fastais(batch):
-    """Rotation, zoom, mirroring and lighting of thousands of pictures, moment by moment."""
+    """Rotation, zoom, mirroring and lighting of thousands of images, by their quantiles."""
     many = batch[:1].expand(20_000, 3, 48, 48)
     set_seed(2)
     matrices, brightness, contrast = augmentation(**OPTIONS)[0].draw(many)
@@ -88,7 +88,7 @@ def test_its_parameters_are_distributed_as_fastais(batch):
         )
 
 
-def test_validation_pictures_pass_untouched(batch):
+def test_validation_images_are_not_changed(batch):
     for transform in augmentation():
         assert torch.equal(transform(batch, split_idx=1), batch)
 
@@ -117,8 +117,8 @@ def test_it_does_not_wait_for_the_device(batch, monkeypatch):
 
 
 def test_the_dyes_are_those_of_the_paper():
-    """A picture of one dye alone keeps its colour, however much of it there is."""
-    density = torch.tensor([0.2, 0.5])[:, None, None]  # of two pictures
+    """An image of one dye alone keeps its colour, however much of it there is."""
+    density = torch.tensor([0.2, 0.5])[:, None, None]  # of two images
     haematoxylin = torch.exp(-density * DYES[0][:, None])[..., None]  # (2, 3, 1, 1)
     twice = DYES.inverse() @ torch.diag(torch.tensor([2.0, 1.0, 1.0])) @ DYES
     stained = restain(haematoxylin, twice.expand(2, 3, 3), torch.zeros(2, 3))
@@ -134,7 +134,7 @@ def test_the_dyes_are_those_of_the_paper():
 @pytest.mark.parametrize(
     "transform", [Stain(0.4), Sharpness(0.7), Noise(0.05)], ids=["stain", "sharpness", "noise"]
 )
-def test_each_picture_changes_in_its_own_way(transform):
+def test_each_image_changes_in_its_own_way(transform):
     set_seed(4)
     alike = TensorImage(
         torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8), 48).expand(16, -1, -1, -1)
@@ -152,10 +152,10 @@ def test_each_picture_changes_in_its_own_way(transform):
 
 
 def test_sharpness_goes_both_ways():
-    """Contrast between neighbours falls in some pictures and rises in others."""
+    """Contrast between neighbours falls in some images and rises in others."""
 
-    def steps(pictures):
-        return (pictures[..., 1:] - pictures[..., :-1]).abs().mean(dim=(1, 2, 3))
+    def steps(images):
+        return (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
 
     set_seed(6)
     fine = TensorImage(0.3 + 0.4 * torch.rand(32, 3, 64, 64))
@@ -173,12 +173,12 @@ def test_noise_is_as_strong_as_asked_at_most():
     assert deviations.min() < 0.02
 
 
-def test_each_picture_gets_another_amount_of_every_dye(monkeypatch):
-    """Whatever the tint does: pictures of one dye keep its direction among the densities."""
+def test_each_image_gets_another_amount_of_every_dye(monkeypatch):
+    """Whatever the tint does: images of one dye keep its direction among the densities."""
     given = []
     monkeypatch.setattr(
-        "bloodcell_fastai.data.augmentation.restain",
-        lambda pictures, mixed, tints: given.append(mixed) or pictures,
+        "bloodcell_fastai.data.augment.restain",
+        lambda images, mixed, tints: given.append(mixed) or images,
     )
     set_seed(8)
     Stain(0.4).encodes(TensorImage(torch.rand(500, 3, 4, 4)))

@@ -1,11 +1,10 @@
-"""What laboratories and data sets call the cells of the blood, and which two names are one cell.
+"""Names of blood cells in laboratories and data sets, and which of them mean the same cell.
 
 The names are those of the ICSH recommendations for the nomenclature of blood cells (Palmer et al.
 2015). The abbreviations are those that haematology analysers print and those of two data sets: PBC
-(Acevedo et al. 2020, Data in Brief 30:105474), whose neutrophils are segmented and band forms and
-whose immature granulocytes are promyelocytes, myelocytes and metamyelocytes, each with a
-prefix of its own in the file names (SNE, BNE, PMY, MY, MMY, ERB ...); and AML-Cytomorphology_LMU
-(Matek et al. 2019, Nature Machine Intelligence 1:538-544), with NGS, NGB, LYT, MON, EBO, MMZ ...
+(Acevedo et al. 2020, Data in Brief 30:105474), with SNE, BNE, PMY, MY, MMY, ERB ... in the file
+names, and AML-Cytomorphology_LMU (Matek et al. 2019, Nature Machine Intelligence 1:538-544), with
+NGS, NGB, LYT, MON, EBO, MMZ ...
 """
 
 import re
@@ -36,7 +35,7 @@ SYNONYMS = {
     "platelet": ("PLT", "thrombocyte"),
     "smudge cell": ("KSC",),
 }
-"""Names of the cells, and what else each is called."""
+"""Names of the cells and their synonyms."""
 
 PART_OF = {
     "segmented neutrophil": "neutrophil",
@@ -57,7 +56,7 @@ class ClassMatch:
         mapped: the model's class of each class of the data that has one.
         unknown: classes of the data that the model does not know.
         too_broad: classes of the data of which the model knows several parts, so that an image
-            of one has no single right answer.
+            of one has no single right prediction.
         missing: classes of the model that the data lack.
     """
 

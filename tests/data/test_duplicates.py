@@ -9,8 +9,10 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
-from bloodcell_fastai.data.provenance import (
+from bloodcell_fastai.data.demo import augment_copy, draw_photograph, make_demo
+from bloodcell_fastai.data.duplicates import (
     KAGGLE_TABLE,
     _group,
     _Link,
@@ -18,10 +20,8 @@ from bloodcell_fastai.data.provenance import (
     known_photos,
     match_pair,
     overlap,
-    pair_scores,
     write_known_photos,
 )
-from bloodcell_fastai.data.smears import augment_copy, draw_photograph, make_demo
 
 ORIGINALS = "dataset-master/dataset-master/JPEGImages"
 
@@ -73,11 +73,11 @@ def test_every_copy_finds_its_original(with_originals, truth):
 
 def test_photo_is_the_field_so_that_two_exposures_share_it(with_originals, truth):
     assert truth.photo.nunique() > truth.field.nunique()
-    assert pair_scores(with_originals.photo, truth.field) == (1, 1)
+    assert adjusted_rand_score(with_originals.photo, truth.field) == 1
 
 
 def test_fields_are_found_without_originals(without_originals, truth):
-    assert pair_scores(without_originals.photo, truth.field) == (1, 1)
+    assert adjusted_rand_score(without_originals.photo, truth.field) == 1
     assert without_originals.photo.str.fullmatch(r"photo-\d{4}").all()
     assert (without_originals.original == without_originals.photo).all()
     assert (without_originals.margin > 0).all()
@@ -88,14 +88,13 @@ def test_table_has_a_row_for_each_path_in_the_given_order(with_originals, truth)
     assert with_originals.path.tolist() == truth.path.tolist()
 
 
-def test_answer_does_not_depend_on_workers(without_originals, truth):
-    pd.testing.assert_frame_equal(find_photos(truth.path, workers=1), without_originals)
+def test_the_result_does_not_depend_on_workers(without_originals, truth):
     pd.testing.assert_frame_equal(find_photos(truth.path, workers=3), without_originals)
 
 
-def test_answer_does_not_depend_on_order(without_originals, truth):
+def test_the_result_does_not_depend_on_order(without_originals, truth):
     backwards = find_photos(truth.path[::-1])[::-1]
-    assert pair_scores(backwards.photo, without_originals.photo) == (1, 1)
+    assert adjusted_rand_score(backwards.photo, without_originals.photo) == 1
     assert backwards.inliers.tolist() == without_originals.inliers.tolist()
 
 
@@ -107,7 +106,7 @@ def test_copies_of_missing_originals_are_grouped_among_themselves(originals, tru
     found = find_photos(truth.path, [path for path in originals if path.stem not in gone])
 
     assert found.photo[truth.photo == single].unique().tolist() == ["missing-0001"]
-    assert pair_scores(found.photo, truth.field) == (1, 1)
+    assert adjusted_rand_score(found.photo, truth.field) == 1
     kept = ~truth.photo.isin(gone)
     assert found.original[kept].tolist() == truth.photo[kept].tolist()
     assert (found.photo[truth.photo.isin(twins)] == twins[0]).all()
@@ -118,7 +117,7 @@ def test_mirrored_copies_belong_together(tmp_path, flip):
     photo = cv2.resize(draw_photograph("MONOCYTE", 5)[0], (320, 240))
     paths = [save(tmp_path / "a.png", photo), save(tmp_path / "b.png", cv2.flip(photo, flip))]
     paths += save_copies(tmp_path, "NEUTROPHIL", 6, 2)
-    assert pair_scores(find_photos(paths).photo, "aabb") == (1, 1)
+    assert adjusted_rand_score(find_photos(paths).photo, list("aabb")) == 1
 
 
 def test_two_photographs_of_one_field_under_two_labels(tmp_path):
@@ -170,15 +169,15 @@ def test_unreadable_files_stand_alone(tmp_path):
     paths[1].write_bytes(b"")
     paths[2].write_text("no image")
     paths += save_copies(tmp_path, "MONOCYTE", 5, 2)
-    assert pair_scores(find_photos(paths).photo, "abcdee") == (1, 1)
+    assert adjusted_rand_score(find_photos(paths).photo, list("abcdee")) == 1
 
 
-def test_one_bad_link_does_not_chain_two_groups():
-    sure = [_Link(a, a + 1, 80, True) for a in (0, 1, 3, 4)]  # 0-1-2 and 3-4-5
-    bad = [_Link(2, 3, 12, True), _Link(2, 4, 12, True)]
+def test_one_wrong_link_does_not_join_two_groups():
+    strong = [_Link(a, a + 1, 80, True) for a in (0, 1, 3, 4)]  # 0-1-2 and 3-4-5
+    wrong = [_Link(2, 3, 12, True), _Link(2, 4, 12, True)]
     refused = [_Link(0, 5, 90, False)]
-    assert _group(6, sure + bad + refused).tolist() == [0, 0, 0, 1, 1, 1]
-    assert len(set(_group(6, [*sure, *bad, _Link(1, 5, 12, True)]))) == 1
+    assert _group(6, strong + wrong + refused).tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(set(_group(6, [*strong, *wrong, _Link(1, 5, 12, True)]))) == 1
 
 
 def test_black_corners_are_no_common_feature(tmp_path):
@@ -205,29 +204,24 @@ def test_matched_points_show_the_same_thing(tmp_path):
     assert np.median(np.abs(points_b - expected)) < 1
 
 
-def test_strangers_have_no_matched_points(tmp_path):
+def test_images_of_two_photographs_have_no_matched_points(tmp_path):
     a, b = (save_copies(tmp_path, "MONOCYTE", seed, 1)[0] for seed in (1, 2))
     points_a, points_b = match_pair(a, b)
     assert points_a.shape == points_b.shape == (0, 2)
     assert overlap(a, b) == 0
 
 
-def test_progress_is_told_to_the_end(tmp_path):
-    told = []
-    find_photos(save_copies(tmp_path, "MONOCYTE", 5, 3), progress=lambda *event: told.append(event))
-    assert ("reading images" in {stage for *_, stage in told}) and told[0][1] == 3
-    last = {stage: (done, total) for done, total, stage in told}
+def test_progress_is_reported_to_the_end(tmp_path):
+    reported = []
+    find_photos(
+        save_copies(tmp_path, "MONOCYTE", 5, 3), progress=lambda *event: reported.append(event)
+    )
+    assert ("reading images" in {stage for *_, stage in reported}) and reported[0][1] == 3
+    last = {stage: (done, total) for done, total, stage in reported}
     assert all(done == total for done, total in last.values())
 
 
-def test_pair_scores():
-    assert pair_scores([1, 1, 2, 2], ["a", "a", "b", "b"]) == (1, 1)
-    assert pair_scores([1, 1, 1, 1], ["a", "a", "b", "b"]) == (2 / 6, 1)
-    assert pair_scores([1, 2, 3, 3], ["a", "a", "b", "b"]) == (1, 0.5)
-    assert pair_scores([1, 2], [1, 2]) == (1, 1)
-
-
-def test_finished_table_knows_renamed_files(with_originals, tmp_path):
+def test_the_table_of_known_photographs_finds_renamed_files(with_originals, tmp_path):
     table = tmp_path / "table.csv.xz"
     write_known_photos(with_originals, table)
     row = with_originals.iloc[7]
@@ -238,7 +232,7 @@ def test_finished_table_knows_renamed_files(with_originals, tmp_path):
     assert known.iloc[0].drop("path").to_dict() == row.drop("path").to_dict()
 
 
-def test_finished_table_of_the_kaggle_set():
+def test_the_table_of_the_kaggle_set():
     known = pd.read_csv(KAGGLE_TABLE)
     assert len(known) == 12_515 - 2  # two files are there twice
     assert known.original.nunique() == 348
@@ -249,7 +243,7 @@ def test_finished_table_of_the_kaggle_set():
 @pytest.mark.skipif(
     "BLOODCELL_DATA" not in os.environ, reason="needs Kaggle's zip: set BLOODCELL_DATA to its path"
 )
-def test_finished_table_is_what_the_pixels_say(tmp_path):
+def test_the_table_of_the_kaggle_set_is_what_the_pixels_say(tmp_path):
     with zipfile.ZipFile(os.environ["BLOODCELL_DATA"]) as archive:
         names = sorted(archive.namelist())
         copies = [name for name in names if "dataset2-master/images/T" in name and ".jpeg" in name]

@@ -13,8 +13,6 @@ from fastai.vision.all import (
 from fastai.vision.augment import find_coeffs
 from torchvision.transforms.functional import gaussian_blur
 
-from ..processes import training_share
-
 # Optical densities in red, green and blue of haematoxylin, eosin and DAB, a row for each, by
 # Ruifrok and Johnston (2001); scikit-image has them as rgb_from_hed.
 DYES = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -31,13 +29,13 @@ def augmentation(
     sharpness: float = 0.7,
     noise: float = 0.03,
 ) -> list:
-    """Transforms of whole batches that make pictures of cells vary as laboratories do.
+    """Transforms of whole batches that make images of cells vary as laboratories do.
 
-    Place, perspective and light are fastai's ``aug_transforms``, in one transform; cells have
-    no up and no left. Stain, sharpness and noise are further transforms.
+    Position, perspective and light are fastai's ``aug_transforms``, in one transform; cells
+    have no preferred orientation. Stain, sharpness and noise are further transforms.
 
     Args:
-        flip: flip both ways and turn by right angles, each with half the pictures.
+        flip: flip both ways and turn by right angles, each with half the images.
         rotate: largest angle, in degrees.
         zoom: largest factor, in and out.
         warp: strength of the perspective, 0 to 1.
@@ -47,8 +45,8 @@ def augmentation(
         noise: see :class:`Noise`.
 
     Returns:
-        A list for ``batch_tfms`` without what is off. Edges are mirrored: black corners
-        would imitate those that the copies of the Kaggle set have.
+        A list for ``batch_tfms`` without the transforms that are off. Edges are mirrored: black
+        corners would look like those of the copies in the Kaggle set.
 
     Examples:
         >>> from bloodcell_fastai import augmentation
@@ -75,9 +73,8 @@ class FusedAugmentation(DisplayedTransform):
     """fastai's affine, warp and lighting transforms, applied together to a training batch.
 
     The parameters are drawn by fastai's own functions, on the CPU, and sent to the device in
-    one go. An affine map and a perspective are both 3x3 matrices, so that their product needs
-    one resampling; fastai's own waits for the device in every batch. Validation pictures pass
-    untouched, where fastai's would be resampled by the identity.
+    one go. An affine map and a perspective are both 3x3 matrices, whose product needs one
+    resampling. Validation images are not changed.
 
     Args:
         transforms: from ``aug_transforms``, in which an ``AffineCoordTfm`` and a
@@ -94,21 +91,20 @@ class FusedAugmentation(DisplayedTransform):
         self.lighting_fs = [f for t in lighting for f in t.fs]
 
     def encodes(self, x: TensorImage):
-        """Pictures (n, 3, size, size), float32 from 0 to 1."""
+        """Images (n, 3, size, size), float32 from 0 to 1."""
         matrices, brightness, contrast = (t.to(x.device, non_blocking=True) for t in self.draw(x))
-        pictures = x.as_subclass(torch.Tensor)
+        images = x.as_subclass(torch.Tensor)
         if self.affine_fs or self.warps:
-            pictures = resample(pictures, matrices)
+            images = resample(images, matrices)
         if self.lighting_fs:
-            pictures = relight(pictures, brightness, contrast)
-        return TensorImage(pictures)
+            images = relight(images, brightness, contrast)
+        return TensorImage(images)
 
     def draw(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Parameters for a batch like ``x``: matrices (n, 3, 3) from places in the result to
-        places in the picture, both from -1 to 1; brightness (n,) and contrast (n,), which are
+        places in the image, both from -1 to 1; brightness (n,) and contrast (n,), which are
         added to and multiplied with the logit of the colours. All float32, on the CPU."""
-        share = training_share()
-        n = len(x) * share.world
+        n = len(x)
         like = torch.empty(n, 1, 1, 1)
         matrices = torch.eye(3).repeat(n, 1, 1)
         for function in self.affine_fs:
@@ -123,11 +119,20 @@ class FusedAugmentation(DisplayedTransform):
             changes.append(function.change.as_subclass(torch.Tensor))
         brightness, contrast = changes or (torch.full((n,), 0.5), torch.ones(n))
         matrices = matrices.as_subclass(torch.Tensor)
-        return share.of(matrices), share.of(torch.logit(brightness)), share.of(contrast)
+        return matrices, torch.logit(brightness), contrast
 
 
-class Stain(DisplayedTransform):
-    """Another amount of each dye, and light of another tint, for every picture of a batch.
+class Varied(DisplayedTransform):
+    """A change of each image of a training batch by up to a ``strength``."""
+
+    order, split_idx = LightingTfm.order, 0
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+
+class Stain(Varied):
+    """Another amount of each dye, and light of another tint, for every image of a batch.
 
     The optical densities are taken apart into haematoxylin, eosin and the rest (Ruifrok and
     Johnston 2001), multiplied by a factor for each and one for all, and put together again
@@ -138,104 +143,85 @@ class Stain(DisplayedTransform):
             it, the densities that the tint adds within a quarter of it.
     """
 
-    order, split_idx = LightingTfm.order, 0
-
-    def __init__(self, strength: float):
-        self.strength = strength
-
     def encodes(self, x: TensorImage):
-        """Pictures (n, 3, size, size), float32 from 0 to 1."""
+        """Images (n, 3, size, size), float32 from 0 to 1."""
         n = len(x)
         factors = torch.exp(self.strength * (_symmetric(n, 3) + _symmetric(n, 1)))
         tints = self.strength / 4 * _symmetric(n, 3)
-        pictures = x.as_subclass(torch.Tensor)
+        images = x.as_subclass(torch.Tensor)
         mixed = DYES.inverse() @ torch.diag_embed(factors) @ DYES  # (n, 3, 3), for row vectors
-        return TensorImage(restain(pictures, mixed.to(x.device), tints.to(x.device)))
+        return TensorImage(restain(images, mixed.to(x.device), tints.to(x.device)))
 
 
-class Sharpness(DisplayedTransform):
-    """Each picture of a batch a little blurred or sharpened.
+class Sharpness(Varied):
+    """Each image of a batch a little blurred or sharpened.
 
     Args:
-        strength: a picture is moved by up to this share of the difference to its blurred self,
-            away or, twice as far but no further than that, towards it.
+        strength: the largest weight of the difference from the blurred image, 0 to 1. Up to once
+            it is added (sharper), up to twice it, and at most all of it, is subtracted (blurred).
     """
 
-    order, split_idx = LightingTfm.order + 1, 0
-
-    def __init__(self, strength: float):
-        self.strength = strength
+    order = LightingTfm.order + 1
 
     def encodes(self, x: TensorImage):
-        """Pictures (n, 3, size, size), float32 from 0 to 1."""
-        shares = self.strength * (3 * _uniform(len(x), 1, 1, 1) - 1)
-        pictures = x.as_subclass(torch.Tensor)
-        shares = shares.clamp(max=1).to(x.device)
-        return TensorImage(torch.lerp(pictures, blur(pictures), shares).clamp_(0, 1))
+        """Images (n, 3, size, size), float32 from 0 to 1."""
+        weights = self.strength * (3 * torch.rand(len(x), 1, 1, 1) - 1)
+        images = x.as_subclass(torch.Tensor)
+        weights = weights.clamp(max=1).to(x.device)
+        return TensorImage(torch.lerp(images, blur(images), weights).clamp_(0, 1))
 
 
-class Noise(DisplayedTransform):
-    """Gaussian noise on each picture of a batch.
+class Noise(Varied):
+    """Gaussian noise on each image of a batch.
 
     Args:
         strength: the largest standard deviation, where colours go from 0 to 1.
     """
 
-    order, split_idx = LightingTfm.order + 2, 0
-
-    def __init__(self, strength: float):
-        self.strength = strength
+    order = LightingTfm.order + 2
 
     def encodes(self, x: TensorImage):
-        """Pictures (n, 3, size, size), float32 from 0 to 1."""
-        deviations = (self.strength * _uniform(len(x), 1, 1, 1)).to(x.device)
-        pictures = x.as_subclass(torch.Tensor)
-        noise = training_share().drawn(
-            len(x), lambda n: torch.randn(n, *pictures.shape[1:], device=x.device)
-        )
-        return TensorImage((pictures + noise * deviations).clamp_(0, 1))
+        """Images (n, 3, size, size), float32 from 0 to 1."""
+        deviations = (self.strength * torch.rand(len(x), 1, 1, 1)).to(x.device)
+        images = x.as_subclass(torch.Tensor)
+        noise = torch.randn_like(images)
+        return TensorImage((images + noise * deviations).clamp_(0, 1))
 
 
-def blur(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, 3, size, size) under a Gaussian of a 32nd of their side."""
-    sigma = pictures.shape[-1] / 32
-    side = 2 * round(2 * sigma) + 1
-    for kernel in ([side, 1], [1, side]):  # along one axis at a time is much less work
-        pictures = gaussian_blur(pictures, kernel, [sigma, sigma])
-    return pictures
+def blur(images: torch.Tensor) -> torch.Tensor:
+    """Images (n, 3, size, size) under a Gaussian of a 32nd of their size."""
+    sigma = images.shape[-1] / 32
+    length = 2 * round(2 * sigma) + 1
+    for kernel in ([length, 1], [1, length]):  # along one axis at a time is much less work
+        images = gaussian_blur(images, kernel, [sigma, sigma])
+    return images
 
 
-def _uniform(n: int, *shape: int) -> torch.Tensor:
-    return training_share().drawn(n, lambda n: torch.rand(n, *shape))
+def _symmetric(*shape: int) -> torch.Tensor:
+    return 2 * torch.rand(shape) - 1
 
 
-def _symmetric(n: int, *shape: int) -> torch.Tensor:
-    return 2 * _uniform(n, *shape) - 1
-
-
-def restain(pictures: torch.Tensor, mixed: torch.Tensor, tints: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, 3, height, width), 0 to 1, whose optical densities are multiplied by matrices
+def restain(images: torch.Tensor, mixed: torch.Tensor, tints: torch.Tensor) -> torch.Tensor:
+    """Images (n, 3, height, width), 0 to 1, whose optical densities are multiplied by matrices
     (n, 3, 3), as row vectors, and shifted by ``tints`` (n, 3)."""
-    densities = -torch.log(pictures.clamp(min=1 / 255)).flatten(2)
+    densities = -torch.log(images.clamp(min=1 / 255)).flatten(2)
     changed = torch.baddbmm(tints[:, :, None], mixed.transpose(1, 2), densities)
-    return torch.exp(-changed).clamp_(0, 1).view_as(pictures)
+    return torch.exp(-changed).clamp_(0, 1).view_as(images)
 
 
-def resample(pictures: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, c, size, size) seen through projective maps (n, 3, 3), edges mirrored."""
-    n, _, height, width = pictures.shape
-    places = _places(height, width, pictures.device) @ matrices.transpose(1, 2)
+def resample(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Images (n, c, size, size) seen through projective maps (n, 3, 3), edges mirrored."""
+    n, _, height, width = images.shape
+    places = _places(height, width, images.device) @ matrices.transpose(1, 2)
     grid = (places[..., :2] / places[..., 2:]).view(n, height, width, 2)
     return torch.nn.functional.grid_sample(
-        pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=True
+        images, grid, mode="bilinear", padding_mode="reflection", align_corners=True
     )
 
 
-def relight(
-    pictures: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor
-) -> torch.Tensor:
+def relight(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
     """Colours from 0 to 1 shifted and stretched on the logit scale, where none leaves 0 to 1."""
-    logits = torch.logit(pictures, eps=EPSILON)
+    logits = torch.logit(images, eps=EPSILON)
     return ((logits + brightness[:, None, None, None]) * contrast[:, None, None, None]).sigmoid_()
 
 

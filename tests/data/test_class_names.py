@@ -1,6 +1,6 @@
 import pytest
 
-from bloodcell_fastai.data.cell_names import PART_OF, SYNONYMS, match_classes
+from bloodcell_fastai.data.class_names import PART_OF, SYNONYMS, match_classes
 
 KAGGLE = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")
 PBC = (
@@ -78,7 +78,7 @@ def test_parts_count_as_the_whole_only_where_the_model_has_no_better_class():
         "MMZ": "metamyelocyte",
         "myelocyte": "ig",
     }
-    assert match.too_broad == ("neutrophil",)  # neither of its two parts is the right answer
+    assert match.too_broad == ("neutrophil",)  # neither of its two parts is the right class
     assert match.missing == ("segmented neutrophil",)
 
 
