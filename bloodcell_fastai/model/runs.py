@@ -8,20 +8,19 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastai.vision.all import Learner
-from safetensors.torch import save
 
-from ..config import Config
-from ..errors import BloodcellError, is_number
+from ..config import Config, ResolvedConfig
+from ..distributed import agree, by_first, rank
+from ..errors import BloodcellError, DataError, MissingFileError, UsageError, printable
 from ..files import (
-    atomic_path,
     read_json,
+    read_model,
     read_table,
     remove_unfinished,
     sole_writer,
@@ -29,29 +28,39 @@ from ..files import (
     write_table,
     write_text,
 )
-from ..processes import agree, by_first, rank
 from ..reporter import Reporter
 from .calibration import Calibration, Reference
-from .checkpoints import bad_checkpoint, check_optimizer, read_checkpoint
-from .learner import load_weights, read_tensors, timm_model
-from .ready import DEFAULT_READY, READY, introduce, ready_path, ready_source
+from .checkpoints import Checkpoint, write_checkpoint
+from .model import load_weights, read_tensors, timm_model, write_tensors
+from .pretrained import (
+    DEFAULT_PRETRAINED,
+    PRETRAINED,
+    introduce,
+    pretrained_path,
+    pretrained_source,
+)
 
 IMAGE_COLUMNS = ["path", "label", "subset", "photo", "part"]
 REFERENCE_COLUMNS = ["path", "label", "photo"]
+PATH_COLUMNS = ("path", "nearest")  # relative to the data in the files of a run
 HISTORY = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "seconds"]
 
 
 class Run:
-    """A folder with everything about one training: see the README for its files.
+    """A folder with everything about one training: see docs/training.md for its files.
 
     Every file is written beside and renamed, so that a kill leaves the previous one. Of processes
     that train together the first writes, and what writes does nothing in the others. Files whose
     names begin with a dot hold nothing of the run: its lock, and what is being written.
 
+    Paths of images are relative to the folder of the data in the files, and absolute in the tables
+    that this class returns: a run and its data can be moved.
+
     Args:
         path: the folder; it need not be there. To find one by its name use :meth:`open`, to make
             one :meth:`create`; both raise a :class:`~bloodcell_fastai.BloodcellError` where they
             cannot.
+        data: where the images are now; None: where they were when the run was trained.
 
     Examples:
         >>> from bloodcell_fastai import Run
@@ -64,8 +73,9 @@ class Run:
         ['epoch', 'train_loss', 'train_accuracy']
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, data: str | Path | None = None):
         self.path = Path(path)
+        self._data = None if data is None else Path(data).absolute()
 
     @classmethod
     def create(cls, root: str | Path = "runs", name: str | None = None) -> "Run":
@@ -84,7 +94,7 @@ class Run:
         if name is None:
             return cls(_new_folder(Path(root), datetime.now().strftime("%Y%m%d-%H%M%S")))
         if not re.fullmatch(r"[\w][\w.-]{0,99}", name):
-            raise BloodcellError(
+            raise UsageError(
                 f"{name!r} cannot name a run.", "Use letters, digits, dots and dashes."
             )
         run = cls(Path(root) / name)
@@ -92,14 +102,25 @@ class Run:
         if not all(path.name[0] == "." or path.name == "split.csv" for path in run.path.iterdir()):
             raise BloodcellError(
                 f"There is a run named {name} in {root}.",
-                "Choose another --name, or continue it with --resume.",
+                "Choose another `name`, or continue it with `resume`.",
             )
         return run
 
     @classmethod
-    def open(cls, path: str | Path | None = None, root: str | Path = "runs") -> "Run":
+    def open(
+        cls,
+        path: str | Path | None = None,
+        root: str | Path = "runs",
+        data: str | Path | None = None,
+    ) -> "Run":
         """The run of that path, of that name under ``root``, or, where there is no such run,
-        the model of that name that comes with the package; the newest under ``root`` if None.
+        the pretrained model of that name that ships with the package; the newest under ``root``
+        if None.
+
+        Args:
+            path: a folder or a name.
+            root: folder of the runs.
+            data: where the images are now; None: where they were when the run was trained.
 
         Raises:
             BloodcellError: there is none.
@@ -108,17 +129,17 @@ class Run:
         if path is None:
             runs = all_runs(root)
             if not runs:
-                raise BloodcellError(f"No run in {root}/.", "Train one: bloodcell fit")
-            return runs[-1]
+                raise MissingFileError(f"No run in {root}/.", "Train one: bloodcell fit")
+            return cls(runs[-1].path, data)
         for candidate in (Path(path), root / path):
             if (candidate / "config.json").is_file():
-                return cls(candidate)
-        if str(path) in READY:
-            return cls(ready_path(str(path)))
-        raise BloodcellError(
+                return cls(candidate, data)
+        if str(path) in PRETRAINED:
+            return cls(pretrained_path(str(path)), data)
+        raise MissingFileError(
             f"{path} is not a run, nor is {root / path}.",
-            f"Runs here: {', '.join(r.name for r in all_runs(root)) or 'none'}. With the package "
-            f"comes: {', '.join(READY)}.",
+            f"Runs here: {', '.join(r.name for r in all_runs(root)) or 'none'}. Pretrained models: "
+            f"{', '.join(PRETRAINED)}.",
         )
 
     @property
@@ -142,12 +163,9 @@ class Run:
 
     @property
     def output(self) -> Path:
-        """Folder for what is made of the model.
-
-        The run's own; of a model that comes with the package one of its name in the working
-        folder, for the package is not to be changed.
-        """
-        return Path(self.name) if ready_source(self.path) else self.path
+        """Folder for what is made of the model, which is the run's own, but for a pretrained model
+        ``runs/NAME``, since the package is not to be changed."""
+        return Path("runs", self.name) if pretrained_source(self.path) else self.path
 
     def results_on(self, data: Path, subset: str = "") -> Path:
         """Folder of the results on another data set, ``on/NAME``, whether it is there yet or not.
@@ -168,14 +186,60 @@ class Run:
         return folder
 
     @property
-    def config(self) -> Config:
-        """The run's options, as resolved when it began."""
-        return Config.load(self.path / "config.json")
+    def asked(self) -> Config:
+        """The options as they were given."""
+        return self._read_config()[0]
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """What the options were resolved to."""
+        return self._read_config()[1]
+
+    def _read_config(self) -> tuple[Config, ResolvedConfig]:
+        path, hint = self.path / "config.json", "Is this the folder of a run, as fit wrote it?"
+        values = read_json(path, hint)
+        parts = values.get("asked"), values.get("resolved")
+        if values.keys() != {"asked", "resolved"} or not all(isinstance(p, dict) for p in parts):
+            raise DataError(f"{path} does not hold the tables asked and resolved.", hint)
+        try:
+            return Config(**values["asked"]), ResolvedConfig(**values["resolved"])
+        except (UsageError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{path}: {reason}", "Was it edited?") from None
+
+    @property
+    def root(self) -> Path:
+        """Folder of the images."""
+        return Path(self.config.data if self._data is None else self._data)
 
     @property
     def table(self) -> pd.DataFrame:
-        """The image table with its ``part``."""
-        return read_table(self.path / "split.csv", IMAGE_COLUMNS, hint="Train again: bloodcell fit")
+        """The image table of the run, with ``part``; ``path`` is absolute.
+
+        Raises:
+            BloodcellError: ``split.csv`` is missing or no such table.
+        """
+        hint = "Train again: bloodcell fit"
+        return self.absolute(read_table(self.path / "split.csv", IMAGE_COLUMNS, hint=hint))
+
+    def relative(self, table: pd.DataFrame) -> pd.DataFrame:
+        """``table`` with its paths relative to :attr:`root`; those outside it stay as they are."""
+        return relative_to(table, self.root)
+
+    def absolute(self, table: pd.DataFrame) -> pd.DataFrame:
+        """``table`` with its paths below :attr:`root`."""
+        root, columns = self.root, [name for name in PATH_COLUMNS if name in table]
+        return table.assign(**{c: [str(root / path) for path in table[c]] for c in columns})
+
+    def moved_to(self, root: Path) -> "Run | None":
+        """This run with its images under ``root``, if they are there and gone from where they
+        were; None otherwise."""
+        table = self.table
+        valid = table[table.part == "valid"] if (table.part == "valid").any() else table
+        moved = Run(self.path, root)
+        there = self.relative(valid).path.map(lambda path: (Path(root) / path).is_file())
+        gone = not valid.path.map(lambda path: Path(path).is_file()).any()
+        return moved if gone and there.all() else None
 
     @property
     def history(self) -> pd.DataFrame:
@@ -221,31 +285,31 @@ class Run:
             except TimeoutError:
                 raise BloodcellError(
                     f"Run {self.name} is being trained by {self._owner()}.",
-                    "Wait for it, stop it, or train another run under another --name.",
+                    "Wait for it, stop it, or train another run under another `name`.",
                 ) from None
             for folder in (self.path / "last", self.report):
                 remove_unfinished(folder)
             shutil.rmtree(self.path / "models", ignore_errors=True)  # fastai's lr_find at work
             if self.finished:
                 self._checkpoint.unlink(missing_ok=True)
-            owner = self.path / ".owner.json"
+            owner = self.path / ".owner"
             stack.callback(_try_unlink, owner)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
-            write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}")
             yield
 
     def _owner(self) -> str:
         try:
-            owner = json.loads((self.path / ".owner.json").read_text(encoding="utf-8"))
-            return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-        except (OSError, ValueError, LookupError, TypeError):  # it is just beginning or ending
+            return printable((self.path / ".owner").read_text(encoding="utf-8")[:200])
+        except (OSError, ValueError):  # it is just beginning or ending
             return "another process"
 
     @by_first
-    def start(self, config: Config, table: pd.DataFrame) -> None:
+    def start(self, asked: Config, resolved: ResolvedConfig, table: pd.DataFrame) -> None:
         """Write what the run is: its images and, last, its options, which make it a run."""
-        write_table(self.path / "split.csv", table)
-        config.save(self.path / "config.json")
+        write_table(self.path / "split.csv", relative_to(table, Path(resolved.data)))
+        values = {"asked": asked.model_dump(), "resolved": resolved.model_dump()}
+        write_json(self.path / "config.json", values)
 
     @by_first
     def append_history(self, row: dict) -> None:
@@ -272,12 +336,12 @@ class Run:
     def save_weights(self, state: Mapping[str, torch.Tensor], classes: Sequence[str]) -> None:
         """Write tensors in timm's naming as ``model.safetensors``, with the names of its outputs.
 
-        A calibration and a stress test of the weights before them go.
+        The calibration and the robustness of the weights before them are removed.
         """
-        for name in ("calibration.json", "stress.csv"):
+        for name in ("calibration.json", "robustness.csv"):
             (self.path / name).unlink(missing_ok=True)
         metadata = {"classes": json.dumps(list(classes))}
-        _write_tensors(self.path / "model.safetensors", state, metadata)
+        write_tensors(self.path / "model.safetensors", state, metadata)
 
     def load_model(self, learn: Learner) -> None:
         """Put the run's best weights into ``learn``.
@@ -296,7 +360,8 @@ class Run:
             BloodcellError: ``calibration.json`` is not what :meth:`save_calibration` writes.
         """
         path = self.path / "calibration.json"
-        return _read_calibration(path) if path.is_file() else None
+        hint = _RECALIBRATE.format(self.name, self.path)
+        return read_model(path, Calibration, hint) if path.is_file() else None
 
     @property
     def reference(self) -> Reference | None:
@@ -313,11 +378,11 @@ class Run:
         fits = features.ndim == 2 and len(features) == len(table)
         fits = fits and features.is_floating_point() and bool(features.isfinite().all())
         if not fits or not 1 <= calibration.neighbours <= len(table):
-            raise BloodcellError(
+            raise DataError(
                 f"{path} and {listed.name} do not belong together.",
                 _RECALIBRATE.format(self.name, self.path),
             )
-        return Reference(features, table, calibration.neighbours)
+        return Reference(features, self.absolute(table), calibration.neighbours)
 
     @by_first
     def save_calibration(self, calibration: Calibration, reference: Reference) -> None:
@@ -327,9 +392,9 @@ class Run:
         """
         path = self.path / "calibration.json"
         path.unlink(missing_ok=True)
-        _write_tensors(self.path / "reference.safetensors", {"features": reference.features.half()})
-        write_table(self.path / "reference.csv", reference.table)
-        write_json(path, asdict(calibration))
+        write_tensors(self.path / "reference.safetensors", {"features": reference.features.half()})
+        write_table(self.path / "reference.csv", self.relative(reference.table))
+        write_json(path, calibration.model_dump())
 
     def require_model(self) -> None:
         """Refuse to go on without a trained model.
@@ -358,19 +423,16 @@ class Run:
 
     def fold(self, number: int) -> "Run":
         """One of the runs of several folds, counted from 1; it need not be there yet."""
-        return Run(self.path / f"fold-{number}")
+        return Run(self.path / f"fold-{number}", self._data)
 
     @by_first
     def save_last(self, learn: Learner, epochs_done: int, best: float, wait: int) -> None:
-        """Write what resuming needs, in one file, so that its parts always belong together."""
-        tensors, plain = _pack_optimizer(learn.opt.state_dict())
-        tensors |= {f"model.{k}": v for k, v in timm_model(learn).state_dict().items()}
-        state = {"epochs_done": epochs_done, "best": best, "wait": wait, "optimizer": plain}
-        _write_tensors(self._checkpoint, tensors, {"state": json.dumps(state)})
+        """Write what resuming needs; see :mod:`~bloodcell_fastai.model.checkpoints`."""
+        write_checkpoint(self._checkpoint, learn, epochs_done, best, wait)
 
-    def load_last(self) -> "Checkpoint | None":
+    def load_last(self) -> Checkpoint | None:
         """What :meth:`save_last` wrote last, or None if no epoch has finished."""
-        return Checkpoint(self._checkpoint) if self._checkpoint.is_file() else None
+        return Checkpoint.read(self._checkpoint) if self._checkpoint.is_file() else None
 
     @by_first
     def finish(self) -> None:
@@ -384,37 +446,6 @@ class Run:
         shutil.rmtree(self.path)
 
 
-class Checkpoint:
-    """The end of an epoch: weights, optimizer, best score.
-
-    Attributes:
-        epochs_done: epochs finished so far.
-        best: best validation accuracy so far.
-        wait: epochs since then.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._tensors, state = read_checkpoint(path)
-        self.epochs_done, self.best, self.wait = state["epochs_done"], state["best"], state["wait"]
-        self._optimizer = state["optimizer"]
-
-    def restore_model(self, learn: Learner) -> None:
-        """Put the weights into ``learn``."""
-        model = {k[6:]: v for k, v in self._tensors.items() if k.startswith("model.")}
-        try:
-            timm_model(learn).load_state_dict(model)
-        except (RuntimeError, TypeError):
-            raise bad_checkpoint(self._path, "its weights are those of another model") from None
-
-    def restore_optimizer(self, learn: Learner) -> None:
-        """Put the optimizer's state into ``learn``; after freezing, which clears it."""
-        learn.create_opt()
-        state = _unpack_optimizer(self._tensors, self._optimizer)
-        check_optimizer(self._path, learn.opt, state)
-        learn.opt.load_state_dict(state)
-
-
 def all_runs(root: str | Path = "runs") -> list[Run]:
     """The runs under ``root``, oldest first."""
     configs = Path(root).glob("*/config.json")
@@ -422,24 +453,28 @@ def all_runs(root: str | Path = "runs") -> list[Run]:
 
 
 def open_model(
-    path: str | Path | None = None, root: str | Path = "runs", reporter: Reporter | None = None
+    path: str | Path | None = None,
+    root: str | Path = "runs",
+    reporter: Reporter | None = None,
+    data: str | Path | None = None,
 ) -> Run:
     """The run to predict with: as :meth:`Run.open`, and where nothing is named the newest run that
-    has a model, or without any the model that comes with the package.
+    has a model, or without any the pretrained model that ships with the package.
 
     Args:
-        path: folder or name of a run, or ``pbc`` for the model that comes with the package.
+        path: folder or name of a run, or ``pbc`` for the pretrained model.
         root: folder of the runs.
-        reporter: told what the model that comes with the package is and is not, if it is taken.
+        reporter: told what the pretrained model is and is not, if it is taken.
+        data: see :meth:`Run.open`.
 
     Raises:
         BloodcellError: there is no run of that name, or the installation lacks the model.
     """
     if path is None:
         trained = [run.path for run in all_runs(root) if run.has_model or run.finished]
-        path = trained[-1] if trained else ready_path(DEFAULT_READY)
-    run = Run.open(path, root)
-    if ready_source(run.path):
+        path = trained[-1] if trained else pretrained_path(DEFAULT_PRETRAINED)
+    run = Run.open(path, root, data)
+    if pretrained_source(run.path):
         (reporter or Reporter()).warn(introduce(run.name, run.config))
     return run
 
@@ -453,36 +488,21 @@ def newest_unfinished(root: str | Path = "runs") -> Run:
     for run in reversed(all_runs(root)):
         if not run.finished:
             return run
-    raise BloodcellError(f"No unfinished run in {root}/.", "Start a new one: bloodcell fit")
+    raise MissingFileError(f"No unfinished run in {root}/.", "Start a new one: bloodcell fit")
 
 
 _RECALIBRATE = "Calibrate it anew: rm {1}/calibration.json && bloodcell interpret {0}"
 
 
-def _read_calibration(path: Path) -> Calibration:
-    """A calibration whose every field is there and makes sense."""
-    values = read_json(path, _RECALIBRATE.format(path.parent.name, path.parent))
-    for field in fields(Calibration):
-        low, high, whole = _CALIBRATION_RANGES[field.name]
-        value = values.get(field.name)
-        if not is_number(value, low, high) or (whole and not isinstance(value, int)):
-            raise _bad_calibration(path, f"{field.name} is {repr(value)[:40]}")
-    return Calibration(**{field.name: values[field.name] for field in fields(Calibration)})
+def relative_to(table: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """``table`` with its paths relative to ``root``, as POSIX paths; others stay as they are."""
+    columns = [name for name in PATH_COLUMNS if name in table]
+    return table.assign(**{name: [_relative(p, root) for p in table[name]] for name in columns})
 
 
-# Lowest and highest value, and whether it is a whole number. Unit vectors are at most 2 apart.
-_CALIBRATION_RANGES = {
-    "temperature": (1e-6, 1e6, False),
-    "distance_threshold": (0, 2, False),
-    "neighbours": (1, 10**9, True),
-    "ece_before": (0, 1, False),
-    "ece_after": (0, 1, False),
-    "n_images": (1, 10**12, True),
-}
-
-
-def _bad_calibration(path: Path, problem: str) -> BloodcellError:
-    return BloodcellError(f"{path}: {problem}.", _RECALIBRATE.format(path.parent.name, path.parent))
+def _relative(path: str, root: Path) -> str:
+    file = Path(path)
+    return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
 
 
 def _try_unlink(path: Path) -> None:
@@ -500,31 +520,3 @@ def _new_folder(root: Path, name: str) -> Path:
         except FileExistsError:
             number += 1
             folder = root / f"{name}-{number}"
-
-
-def _write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file; an error of the disk is an OSError, as from any other file."""
-    plain = {key: value.detach().contiguous() for key, value in tensors.items()}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(plain, metadata))
-
-
-def _pack_optimizer(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """fastai's optimizer state as named tensors and plain values that JSON can hold."""
-    tensors: dict[str, torch.Tensor] = {}
-    plain = []
-    for index, entry in enumerate(state["state"]):
-        tensors |= {f"opt.{index}.{k}": v for k, v in entry.items() if torch.is_tensor(v)}
-        plain.append({k: v for k, v in entry.items() if not torch.is_tensor(v)})
-    return tensors, {"state": plain, "hypers": [dict(hyper) for hyper in state["hypers"]]}
-
-
-def _unpack_optimizer(tensors: dict[str, torch.Tensor], plain: dict) -> dict:
-    state = [dict(entry) for entry in plain["state"]]
-    for key, value in tensors.items():
-        if key.startswith("opt."):
-            _, index, name = key.split(".", 2)
-            state[int(index)][name] = value
-    return {"state": state, "hypers": plain["hypers"]}

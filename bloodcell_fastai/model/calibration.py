@@ -1,41 +1,30 @@
-"""What a trained model's numbers are worth: honest probabilities, and images unlike any it saw."""
-
-from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+"""Temperature scaling, and a reference to recognise images unlike the training images."""
 
 import numpy as np
 import pandas as pd
 import torch
-from fastai.vision.all import Learner, noop
+from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import minimize_scalar
 from torch.nn.functional import normalize
 
-from ..data.blocks import image_dls
-from ..errors import BloodcellError
-from .learner import classifier_inputs, timm_model
-
-if TYPE_CHECKING:
-    from .runs import Run
+from ..data.splits import photo_groups
+from ..errors import DataError
 
 CALIBRATION_BINS = 15
 TEMPERATURES = (0.05, 20.0)
 REFERENCE_IMAGES = 2000
-KNOWN_SHARE = 0.95  # of the validation images the threshold lets pass
+IN_DISTRIBUTION = 0.95  # of the validation images are within the distance threshold
 _MAX_NEIGHBOURS = 10
 _IMAGES_PER_NEIGHBOUR = 50
 _CHUNK = 4096  # images whose distances to the whole reference are in memory at a time
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What :func:`calibrate` found on the validation images of a run.
+class Calibration(BaseModel):
+    """What :func:`~bloodcell_fastai.calibrate` found on the validation images of a run.
 
     Attributes:
         temperature: what the logits are divided by before the softmax; above 1 the model was
-            too sure of itself.
+            overconfident.
         distance_threshold: an image further than this from the reference is unlike training.
         neighbours: which nearest reference image the distance is to, 1 for the nearest.
         ece_before: expected calibration error without the temperature, 0 to 1.
@@ -43,12 +32,14 @@ class Calibration:
         n_images: validation images.
     """
 
-    temperature: float
-    distance_threshold: float
-    neighbours: int
-    ece_before: float
-    ece_after: float
-    n_images: int
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    temperature: float = Field(ge=1e-6, le=1e6)
+    distance_threshold: float = Field(ge=0, le=2)  # unit vectors are at most 2 apart
+    neighbours: int = Field(ge=1)
+    ece_before: float = Field(ge=0, le=1)
+    ece_after: float = Field(ge=0, le=1)
+    n_images: int = Field(ge=1)
 
     def __str__(self) -> str:
         return (
@@ -76,7 +67,7 @@ class Reference:
         al. 2022, "Out-of-distribution detection with deep nearest neighbors").
 
         Args:
-            features: float (n, d), as ``classifier_inputs`` collects them.
+            features: float (n, d), as :meth:`Predictor.forward` gives them.
 
         Returns:
             Distances, float32 (n,) from 0 to 2, and rows of ``table``, int64 (n,).
@@ -86,7 +77,7 @@ class Reference:
         """
         known = self.features.float().T
         if len(features) and features.shape[1] != len(known):
-            raise BloodcellError(
+            raise DataError(
                 f"reference.safetensors has {len(known)} features an image, the model "
                 f"{features.shape[1]}.",
                 "Remove calibration.json of the run and calibrate anew: bloodcell interpret RUN",
@@ -103,7 +94,7 @@ class Reference:
         """The training photographs most like each of a few images, nearest first.
 
         Args:
-            features: float (images, d), as ``classifier_inputs`` collects them.
+            features: float (images, d), as :meth:`Predictor.forward` gives them.
             n: how many photographs at most.
 
         Returns:
@@ -113,85 +104,7 @@ class Reference:
         likeness = normalize(torch.as_tensor(features).float()) @ self.features.float().T
         distances = (2 - 2 * likeness).clamp(min=0).sqrt().numpy()
         ranked = (self.table.assign(distance=row).sort_values("distance") for row in distances)
-        return [rows.drop_duplicates("photo").head(n) for rows in ranked]
-
-
-def calibrate(learn: Learner, run: Run) -> Calibration:
-    """Calibrate a trained learner on its validation part and keep the result in the run.
-
-    One pass over the validation images gives the temperature, for which each photograph counts
-    once however many copies of it there are, and, with the features of up to
-    2,000 training images without augmentation, the threshold of the distance: 95 % of the
-    validation images lie within it, as in Sun et al. 2022.
-
-    Both are optimistic where the split leaks. Copies of training photographs are predicted with
-    a confidence, and lie as near to the training images, as new photographs never will: the
-    temperature comes out too low and the threshold too strict.
-
-    Args:
-        learn: with the weights to calibrate, its batches from
-            :func:`~bloodcell_fastai.blood_dls`.
-        run: where ``calibration.json``, ``reference.safetensors`` and ``reference.csv`` are
-            written.
-
-    Returns:
-        The temperature and the threshold, a distance from 0 to 2.
-
-    Raises:
-        BloodcellError: an image cannot be read.
-
-    Examples:
-        >>> from bloodcell_fastai import Run, calibrate, load_learner
-        >>> run = Run.open("mine")
-        >>> learn = load_learner(run)
-        >>> with learn.no_bar():
-        ...     calibration = calibrate(learn, run)
-        >>> calibration.temperature > 0, 0 < calibration.distance_threshold < 2
-        (True, True)
-    """
-    config = run.config
-    logits, features, targets = predict_with_features(learn, learn.dls.valid)
-    assert targets is not None  # validation images have labels
-    labels = targets.numpy()
-    temperature = fit_temperature(logits, labels, photo_weights(learn.dls.valid_ds.items))
-
-    table = reference_table(learn.dls.train_ds.items, seed=config.seed)
-    images = image_dls(
-        table.path,
-        config.arch,
-        config.size,
-        crop=config.crop,
-        device=learn.dls.device,
-        pixels=getattr(learn.dls.train, "pixels", None),  # decoded for the training already
-    )
-    seen = normalize(predict_with_features(learn, images.valid)[1]).half()
-    reference = Reference(seen, table, count_neighbours(len(table)))
-
-    distances, _ = reference.nearest(features)
-    calibration = Calibration(
-        temperature=temperature,
-        distance_threshold=float(np.quantile(distances, KNOWN_SHARE)),
-        neighbours=reference.neighbours,
-        ece_before=probability_error(softmax(logits), labels),
-        ece_after=probability_error(softmax(logits, temperature), labels),
-        n_images=len(labels),
-    )
-    run.save_calibration(calibration, reference)
-    return calibration
-
-
-def predict_with_features(
-    learn: Learner, dl: Iterable
-) -> tuple[np.ndarray, torch.Tensor, torch.Tensor | None]:
-    """One pass of a learner's model over batches.
-
-    Returns:
-        Logits, float64 (n, classes); penultimate features, float32 (n, d); the targets, int64
-        (n,), None if the batches have none.
-    """
-    with classifier_inputs(timm_model(learn)) as inputs:
-        logits, targets = learn.get_preds(dl=dl, act=noop)
-        return logits.double().numpy(), inputs.take(), targets
+        return [rows.loc[~photo_groups(rows).duplicated()].head(n) for rows in ranked]
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -204,8 +117,8 @@ def fit_temperature(
 ) -> float:
     """The temperature with the least cross-entropy (Guo et al. 2017), 0.05 to 20.
 
-    Where every image is right, the least is at no temperature at all: the surer the better.
-    As in Platt's scaling (1999), a prior keeps it finite: one more image of each class beside
+    Where every image is right, there is no minimum: a lower temperature is always better. As in
+    Platt's scaling (1999), a prior keeps it finite: one more image of each class beside
     the n, so that the target is (n + 1) / (n + classes) for the label and 1 / (n + classes) for
     the others. It matters for few images or few errors and vanishes for many.
 
@@ -230,9 +143,8 @@ def fit_temperature(
 
 def photo_weights(table: pd.DataFrame) -> np.ndarray:
     """How much each image counts if every photograph counts the same, float64 (n,): copies are
-    right and wrong together, and 155 of one odd cell would decide everything. Without a column
-    ``photo`` every image counts as its own."""
-    photos = table.photo if "photo" in table else table.path
+    right and wrong together, and 155 of one unusual cell would decide everything."""
+    photos = photo_groups(table)
     return 1 / photos.map(photos.value_counts()).to_numpy(float)
 
 
@@ -241,12 +153,11 @@ def reference_table(table: pd.DataFrame, n: int = REFERENCE_IMAGES, seed: int = 
 
     Every class gives as many images as the others, while it has some, and within a class every
     photograph as many copies as the others: a photograph with many copies is one piece of
-    evidence. Without a column ``photo`` every image counts as its own.
+    evidence.
     """
-    table = table if "photo" in table else table.assign(photo=table.path)
     table = table.reset_index(drop=True)
     shuffled = table[["path", "label", "photo"]].sample(frac=1, random_state=seed)
-    copy = shuffled.groupby(["label", "photo"]).cumcount()
+    copy = shuffled.groupby([shuffled.label, photo_groups(shuffled)]).cumcount()
     by_copy = shuffled.loc[copy.sort_values(kind="stable").index]
     place = by_copy.groupby("label").cumcount()
     return by_copy.loc[place.sort_values(kind="stable").index].head(n).reset_index(drop=True)
