@@ -7,13 +7,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
-from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.learner import AvgMetric, AvgSmoothLoss
 from fastai.vision.all import (
     AvgLoss,
     Callback,
@@ -23,17 +21,16 @@ from fastai.vision.all import (
     Recorder,
     SaveModelCallback,
     TrainEvalCallback,
-    find_bs,
     set_seed,
     to_float,
 )
 from fastcore.imports import IN_NOTEBOOK
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..processes import rank, summed, training_share
+from ..device import reduced_precision
+from ..distributed import rank
 
 MONITOR = "valid_accuracy"
-EVERY = 50  # batches between looks that a device would have to wait for
 
 
 class CPUBFloat16(Callback):
@@ -42,35 +39,18 @@ class CPUBFloat16(Callback):
     order = MixedPrecision.order
 
     def before_batch(self):
-        self.autocast = autocast(torch.device("cpu"))
-        self.autocast.__enter__()
+        # Around the call of the model alone, so that it ends however the call ends.
+        forward = type(self.model).forward.__get__(self.model)
+        self.model.forward = torch.autocast("cpu", torch.bfloat16)(forward)
 
     def after_pred(self):
+        del self.model.forward
         self.learn.pred = to_float(self.pred)
-
-    def after_loss(self):
-        self._leave()
-
-    def after_cancel_batch(self):
-        self._leave()
-
-    def _leave(self):
-        if (autocast := self.__dict__.pop("autocast", None)) is not None:
-            autocast.__exit__(None, None, None)
-
-
-def reduced_precision(device: torch.device) -> torch.dtype | None:
-    """The reduced precision ``device`` computes fastest in; None: float32.
-
-    bfloat16 where the hardware has it, float16 on an older CUDA card.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and has_cpu_bfloat16() else None
 
 
 def precision_callback(device: torch.device) -> list[Callback]:
-    """The callback for :func:`reduced_precision`, as a list of one or none."""
+    """The callback for :func:`~bloodcell_fastai.device.reduced_precision`, as a list of one or
+    none."""
     if (dtype := reduced_precision(device)) is None:
         return []
     if device.type == "cpu":
@@ -78,23 +58,12 @@ def precision_callback(device: torch.device) -> list[Callback]:
     return [MixedPrecision(AMPMode.BF16 if dtype is torch.bfloat16 else AMPMode.FP16)]
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """A block in which ``device`` computes in :func:`reduced_precision`."""
-    dtype = reduced_precision(device)
-    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
-
-
-def has_cpu_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16; emulation would be slower."""
-    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 class SeedEpoch(Callback):
     """Draw the randomness of every epoch from (seed, epoch) alone.
 
     Order, augmentation and dropout of an epoch then do not depend on what came before, so that
-    a resumed run needs no random states to go on as if it had never stopped.
+    a resumed run needs no random states to continue as if it had never stopped. Processes that
+    train together draw the same order and different augmentations.
     """
 
     order = TrainEvalCallback.order - 5
@@ -102,130 +71,31 @@ class SeedEpoch(Callback):
     def __init__(self, seed: int, first_epoch: int = 0):
         self.seed, self.first_epoch = seed, first_epoch
 
-    def before_epoch(self):
-        seed = (self.seed * 1_000_003 + self.first_epoch + self.epoch) % 2**32
-        set_seed(seed, reproducible=True)
-        self.dls.train.rng = random.Random(seed)
-
-
-def measure_on_device(learn: Learner) -> None:
-    """Have the loss and the metrics added up where they are computed, and read once an epoch.
-
-    fastai fetches each of them to the host in every batch, and the device waits for that.
-    """
-    learn.recorder.loss = DeviceLoss()
-    learn.recorder.smooth_loss = DeviceSmoothLoss(learn.recorder.smooth_loss.beta)
-    learn.metrics = [DeviceMetric(m.func) if type(m) is AvgMetric else m for m in learn.metrics]
-    learn.add_cb(FetchLosses())
-
-
-class FetchLosses(Callback):
-    """Bring the recorded losses of an epoch to the host, all at once."""
-
-    order = Recorder.order + 1
-
-    def after_epoch(self):
-        self._fetch()
-
-    def after_fit(self):
-        self._fetch()
-
-    def _fetch(self):
-        losses = self.recorder.losses
-        if new := [loss for loss in losses if torch.is_tensor(loss)]:
-            losses[len(losses) - len(new) :] = torch.stack(new).tolist()
-
-
-class DeviceMetric(AvgMetric):
-    """fastai's ``AvgMetric`` that adds up on the device, over all processes that train together:
-    each of them has to ask for the value."""
-
-    def accumulate(self, learn):
-        """Add a batch."""
-        bs = find_bs(learn.yb)
-        self.total += learn.to_detach(self.func(learn.pred, *learn.yb), cpu=False) * bs
-        self.count += bs
-
-    @property
-    def value(self):
-        """The mean; None before the first batch."""
-        return _mean(self.total, self.count)
-
-
-class DeviceLoss(AvgLoss):
-    """fastai's ``AvgLoss`` as :class:`DeviceMetric`."""
-
-    def accumulate(self, learn):
-        """Add a batch."""
-        bs = find_bs(learn.yb)
-        self.total += learn.to_detach(learn.loss.mean(), cpu=False) * bs
-        self.count += bs
-
-    @property
-    def value(self):
-        """The mean; None before the first batch."""
-        return _mean(self.total, self.count)
-
-
-def _mean(total: torch.Tensor | float, count: int) -> torch.Tensor | float | None:
-    of_all, n = summed(total, count)
-    return of_all / n if n else None
-
-
-class DeviceSmoothLoss(AvgSmoothLoss):
-    """fastai's ``AvgSmoothLoss`` on the device, of the global batch."""
-
-    val: torch.Tensor
-
-    def accumulate(self, learn):
-        """Add a batch."""
-        self.count += 1
-        loss = learn.to_detach(learn.loss.mean(), cpu=False)
-        (total,) = summed(loss)
-        mean = total / training_share().world  # the parts of a batch are equal
-        loss = torch.as_tensor(mean).to(loss)
-        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
-
-
-class Compile(Callback):
-    """Compile the model before it trains on a CUDA device; the weights keep their names."""
-
-    order = ChannelsLast.order + 1
-
     def before_fit(self):
-        if self.dls.device.type == "cuda":
-            self.learn.model.compile()
+        self.loader = self.dls.train  # which fastai's distributed trainer is about to wrap
 
-
-class FreezeNorm(Callback):
-    """Batch normalisation by the statistics the model started with, which its own batches, of
-    one laboratory, would replace by theirs. The scales and shifts are trained."""
-
-    order = TrainEvalCallback.order + 1
-
-    def before_train(self):
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
+    def before_epoch(self):
+        seed = self.seed * 1_000_003 + self.first_epoch + self.epoch
+        set_seed((seed + rank() * 500_009) % 2**32, reproducible=True)
+        self.loader.rng = random.Random(seed % 2**32)
 
 
 class StopOnNaN(Callback):
     """Stop when the training loss is no longer a number, before it reaches the records.
 
-    A loss that is not a number stays in fastai's smoothed loss for good, so that a GPU need not
-    be made to wait for the loss of every batch. The last step of an epoch shows only in the
-    validation loss.
+    A loss that is not a number stays in fastai's smoothed loss, which is the same in all processes
+    that train together. The last step of an epoch shows only in the validation loss.
+
+    Attributes:
+        stopped: whether it has.
     """
 
     order = Recorder.order + 1
     stopped = False
 
     def after_batch(self):
-        if self.training and (self.dls.device.type == "cpu" or self.iter % EVERY == 0):
+        if self.training:
             self._check(self.recorder.smooth_loss.val)
-
-    def after_train(self):
-        self._check(self.recorder.smooth_loss.val)
 
     def after_validate(self):
         self._check(self.recorder.loss.value)
@@ -246,7 +116,7 @@ class History(Callback):
     remove_on_fetch, _only_train_loop = True, True
 
     def __init__(self, write: Callable[[dict], None], first_epoch: int = 0):
-        self.write, self.first_epoch, self.mean_loss = write, first_epoch, DeviceLoss()
+        self.write, self.first_epoch, self.mean_loss = write, first_epoch, AvgLoss()
 
     def before_epoch(self):
         self.started = time.monotonic()
@@ -370,8 +240,7 @@ class StopOnSignal(Callback):
             os.write(2, b"\nStopping after this batch; once more stops at once.\n")
 
     def after_batch(self):
-        at_once = training_share().world == 1 or self.dls.device.type == "cpu"
-        if self.training and (at_once or self.iter % EVERY == 0):
+        if self.training:
             self._stop_together()
 
     def after_epoch(self):
@@ -379,8 +248,8 @@ class StopOnSignal(Callback):
 
     def _stop_together(self):
         """Stop if a signal has come to any of the processes that train together."""
-        (received,) = summed(float(self.received or 0))
-        if received:
+        received = torch.tensor(float(self.received or 0), device=self.dls.device)
+        if self.learn.to_detach(received):  # their mean
             self.received = self.received or signal.SIGTERM
             raise CancelFitException
 
@@ -392,23 +261,9 @@ class RichProgress(Callback):
 
     def __init__(self, first_epoch: int = 0, n_epochs: int = 0):
         self.first_epoch, self.n_epochs = first_epoch, n_epochs
+        self.bar: Progress | None = None
 
-    def before_train(self):
-        self._open(f"Epoch {self.first_epoch + self.epoch + 1}/{self.n_epochs} train")
-
-    def before_validate(self):
-        self._open("Predicting" if hasattr(self.learn, "gather_preds") else "         valid")
-
-    def after_batch(self):
-        self.bar.advance(self.task)
-
-    def after_train(self):
-        self.bar.stop()
-
-    def after_validate(self):
-        self.bar.stop()
-
-    def _open(self, text: str):
+    def before_epoch(self):
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -417,37 +272,63 @@ class RichProgress(Callback):
             TimeRemainingColumn(),
             transient=True,
         )
-        self.task = self.bar.add_task(text, total=len(self.dl))
+        batches = sum(len(dl) for dl in self.dls.loaders)
+        self.bar.add_task(
+            f"Epoch {self.first_epoch + self.epoch + 1}/{self.n_epochs}", total=batches
+        )
         self.bar.start()
+
+    def after_batch(self):
+        if self.bar:
+            self.bar.advance(self.bar.task_ids[0])
+
+    def after_epoch(self):
+        self.close()
+
+    def close(self) -> None:
+        """Remove the bar and give the terminal its cursor back."""
+        if self.bar:
+            self.bar.stop()
+        self.bar = None
 
 
 class TimeBatches(Callback):
-    """Time the first training batches of a fit, then cancel it.
-
-    Attributes:
-        seconds: per batch, loading and the optimizer's step included; the first, which warms
-            up, is left out.
-    """
+    """Time the first training batches of a fit, then cancel it."""
 
     order = SaveLast.order
 
-    def __init__(self, n: int = 3):
-        self.n, self.seconds = n, 0.0
+    def __init__(self, n: int = 4):
+        self.n = n
+
+    @property
+    def seconds(self) -> float:
+        """Per batch, loading and the optimizer's step included; without the first one, which warms
+        up, where there are others."""
+        times = self.times[1:] if len(self.times) > 2 else self.times
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+    def before_train(self):
+        self.times = [time.monotonic()]
 
     def after_batch(self):
-        if self.iter == 0:
-            self.started = time.monotonic()
-        if self.iter == min(self.n, self.n_iter - 1):
-            self.seconds = (time.monotonic() - self.started) / max(self.iter, 1)
+        self.times.append(time.monotonic())
+        if len(self.times) > self.n:
             raise CancelFitException
 
+    def after_train(self):
+        raise CancelFitException
 
-def use_progress(learn: Learner, first_epoch: int = 0, n_epochs: int = 0) -> None:
-    """Show progress as suits the output: fastai's bars in a notebook, Rich's in a terminal,
-    none in a pipe or file (fastprogress would take those for a terminal)."""
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, RichProgress)])
-    if IN_NOTEBOOK:
-        return
-    learn.remove_cbs(ProgressCallback)
-    if sys.stdout.isatty() and rank() == 0:
-        learn.add_cb(RichProgress(first_epoch, n_epochs))
+
+@contextmanager
+def shown_progress(learn: Learner, first_epoch: int = 0, n_epochs: int = 0) -> Iterator[None]:
+    """A block with progress bars that suit the output: fastai's in a notebook, Rich's in a
+    terminal, none in a pipe or file, which fastprogress would take for a terminal."""
+    if not IN_NOTEBOOK:
+        learn.remove_cbs(ProgressCallback)
+    bar = RichProgress(first_epoch, n_epochs)
+    shown = [bar] if sys.stdout.isatty() and rank() == 0 and not IN_NOTEBOOK else []
+    try:
+        with learn.added_cbs(shown):
+            yield
+    finally:
+        bar.close()

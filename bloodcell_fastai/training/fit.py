@@ -2,24 +2,30 @@
 
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import pandas as pd
 import torch
-from fastai.callback.mixup import MixUp
 from fastai.vision.all import Learner, set_seed
 
-from ..config import Config
-from ..data.blocks import config_dls
-from ..data.dataset import Progress, no_progress
-from ..errors import BloodcellError, usage_error
-from ..processes import agree, lost_peers_explained, wait_for_all, world_size
+from ..config import ResolvedConfig
+from ..data.loaders import config_dls
+from ..distributed import (
+    agree,
+    lost_peers_explained,
+    training_together,
+    wait_for_all,
+    world_size,
+)
+from ..errors import BloodcellError
+from ..files import atomic_path
+from ..model.model import check_arch
+from ..model.runs import Run
+from ..reporter import Progress, no_progress
 from .callbacks import (
-    Compile,
     EarlyStopping,
-    FreezeNorm,
     History,
     SaveBest,
     SaveLast,
@@ -27,13 +33,11 @@ from .callbacks import (
     StopOnNaN,
     StopOnSignal,
     TimeBatches,
-    use_progress,
+    shown_progress,
 )
-from .learner import blood_learner, check_arch
-from .runs import Run
+from .learner import blood_learner
 
-BODY_LR_SHARE = 1 / 3  # pretrained features should change less than the new head
-COMPILE_IMAGES = 500_000  # a few minutes of a large GPU's training; not measured on one
+BODY_LR_FACTOR = 1 / 3  # pretrained features should change less than the new head
 TRACKED = ("torch", "fastai", "timm", "numpy", "bloodcell-fastai")
 
 
@@ -46,7 +50,7 @@ class Phase:
     frozen: bool
 
 
-def phases(config: Config) -> list[Phase]:
+def phases(config: ResolvedConfig) -> list[Phase]:
     """The phases of a run: the head alone (if the weights are pretrained), then everything."""
     frozen = config.freeze_epochs
     if frozen < 0:
@@ -56,15 +60,16 @@ def phases(config: Config) -> list[Phase]:
 
 
 def make_learner(
-    config: Config,
+    config: ResolvedConfig,
     table: pd.DataFrame,
     weights: str | None = None,
     cache: bool = True,
     progress: Progress = no_progress,
 ) -> Learner:
-    """The learner of a run: its batches, its model, and mixup if it asks for it.
+    """The learner of a run: its batches and its model.
 
-    The seed decides the weights that start at random.
+    The seed decides the weights that start at random. A batch has at most as many images as the
+    training part, of which each process has its part: fastai drops a last batch that is not full.
 
     Args:
         config: the run's options.
@@ -75,42 +80,20 @@ def make_learner(
     """
     check_arch(config.arch)  # before minutes go into decoding images
     set_seed(config.seed)
+    n_train = int((table.part == "train").sum())
+    config = config.changed(bs=min(config.bs, max(n_train // world_size(), 1)))
     dls = config_dls(table, config, cache, progress)
-    extras = [MixUp(config.mixup)] if config.mixup else []
-    if config.freeze_norm:
-        extras.append(FreezeNorm())
-    if compile_pays(config, len(dls.train_ds)):
-        extras.append(Compile())
-    return blood_learner(
-        dls,
-        arch=config.arch,
-        weights=config.weights if weights is None else weights,
-        size=config.size,
-        label_smoothing=config.label_smoothing,
-        wd=config.wd,
-        cbs=extras,
-    )
+    return blood_learner(dls, weights=config.weights if weights is None else weights)
 
 
-def compile_pays(config: Config, n_images: int) -> bool:
-    """Whether ``torch.compile``, which takes a minute or two on a GPU, saves more than that.
-
-    It speeds MaxViT up by a third and more on GPUs, by timm's published figures, and brought
-    nothing on a CPU: :class:`~bloodcell_fastai.training.callbacks.Compile` leaves that alone.
-    """
-    if config.compile == "auto":
-        return n_images * config.epochs >= COMPILE_IMAGES
-    return config.compile == "yes"
-
-
-def resolve(config: Config, learn: Learner) -> Config:
-    """``config`` with what only the learner knows: classes, first weights, versions, device."""
-    return replace(
-        config,
+def resolve(config: ResolvedConfig, learn: Learner) -> ResolvedConfig:
+    """``config`` with what only the learner knows: classes, initial weights, device, batch size."""
+    return config.changed(
+        bs=learn.dls.train.bs,
+        device=str(learn.dls.device),
         classes=tuple(learn.dls.vocab),
         pretrained=learn.pretrained,
-        weights_used=learn.weights_used,
-        device=str(learn.dls.device),
+        initial_weights=learn.initial_weights,
         versions=(
             f"python {platform.python_version()}",
             *(f"{name} {version(name)}" for name in TRACKED),
@@ -139,10 +122,10 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
     if checkpoint:
         checkpoint.restore_model(learn)
     learn.path = run.path
-    use_progress(learn, 0, config.epochs)
-    if config.lr == 0:
-        config = replace(config, lr=agree(lambda: find_lr(learn, run, say)))
-        run.start(config, run.table)
+    if config.lr == "auto":
+        lr = agree(lambda: find_lr(learn, run, say))
+        config = config.changed(lr=lr, data=str(run.root))
+        run.start(run.asked, config, run.table)
     best = (checkpoint.best, checkpoint.wait) if checkpoint else ()
     saver = SaveBest(lambda score: _keep_best(learn, run, score, say), *best)
     stopper, guard, signals = EarlyStopping(saver, config.patience), StopOnNaN(), StopOnSignal()
@@ -153,7 +136,6 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
         learn.freeze() if phase.frozen else learn.unfreeze()
         if checkpoint and start:
             checkpoint.restore_optimizer(learn)
-        use_progress(learn, phase.first_epoch, config.epochs)
         callbacks = [
             SeedEpoch(config.seed, phase.first_epoch),
             guard,
@@ -166,19 +148,25 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
             stopper,
             signals,
         ]
-        with learn.no_logging(), signals, _explained(run, config), _shared(learn, config):
+        with (
+            shown_progress(learn, phase.first_epoch, config.epochs),
+            learn.no_logging(),
+            signals,
+            _explained(run, config),
+            training_together(learn),
+        ):
             learn.fit_one_cycle(
                 phase.epochs, max_lr(config, phase), cbs=callbacks, start_epoch=start
             )
         if guard.stopped:
             raise BloodcellError(
                 f"The loss became NaN in {_where(run)}.",
-                f"Train again under another --name with a lower --lr than {config.lr:g}.",
+                f"Train again under another `name` with an `lr` below {config.lr:g}.",
             )
         if signals.received:
             raise BloodcellError(
                 f"Stopped in {_where(run)}.",
-                f"Go on: {run.resume_command}",
+                f"Continue: {run.resume_command}",
                 exit_code=128 + signals.received,
             )
     if stopper.due:
@@ -193,32 +181,11 @@ def _where(run: Run) -> str:
     return f"epoch {done + 1}; {kept} in {run.path}"
 
 
-def _shared(learn: Learner, config: Config) -> AbstractContextManager:
-    """A block in which the processes that were joined train together.
-
-    Raises:
-        BloodcellError: a batch cannot be parted equally.
-    """
-    world = world_size()
-    if world == 1:
-        return nullcontext()
-    if learn.dls.train.bs % world or len(learn.dls.train_ds) < learn.dls.train.bs:
-        n = min(config.batch_size, len(learn.dls.train_ds)) // world * world
-        raise usage_error(
-            f"{world} processes cannot share batches of {config.batch_size} of "
-            f"{len(learn.dls.train_ds):,} images equally.",
-            f"--batch-size is that of all processes together: use {max(n, world)}.",
-        )
-    from .distributed import shared_fit  # it needs Accelerate
-
-    return shared_fit(learn)
-
-
 @contextmanager
-def _explained(run: Run, config: Config) -> Iterator[None]:
+def _explained(run: Run, config: ResolvedConfig) -> Iterator[None]:
     """Turn a lack of memory, or the loss of another process, into an error that says what to do."""
     try:
-        with lost_peers_explained(f"Go on: the same command with --resume --name {run.name}"):
+        with lost_peers_explained(f"Continue, started as before: {run.resume_command}"):
             yield
     except (RuntimeError, MemoryError) as error:
         # torch has a class for it on a device only; on the CPU it names its allocator.
@@ -227,29 +194,26 @@ def _explained(run: Run, config: Config) -> Iterator[None]:
         ):
             raise
         raise BloodcellError(
-            f"No memory left for {config.batch_size} images of {config.size} px at once, in "
-            f"{_where(run)}.",
-            f"Train under another --name with --batch-size {max(config.batch_size // 2, 1)}; if "
-            f"something else filled the memory: {run.resume_command}",
+            f"No memory left for {config.bs} images of {config.size} px at once, in {_where(run)}.",
+            f"Train under another `name` with `bs={max(config.bs // 2, 1)}`; if something else "
+            f"filled the memory: {run.resume_command}",
         ) from error
 
 
-def max_lr(config: Config, phase: Phase) -> float | slice:
+def max_lr(config: ResolvedConfig, phase: Phase) -> float | slice:
     """The one-cycle maximum: for fastai, a slice gives the first value to the body and the
     second to the head."""
-    if phase.frozen or not config.pretrained:
-        return config.lr
-    return slice(config.lr * BODY_LR_SHARE, config.lr)
+    lr = float(config.lr)
+    return lr if phase.frozen or not config.pretrained else slice(lr * BODY_LR_FACTOR, lr)
 
 
 def find_lr(learn: Learner, run: Run, say: Callable[[str], None] = print) -> float:
     """fastai's ``lr_find``; its plot is kept as ``lr_find.png`` in the run."""
     import matplotlib.pyplot as plt
 
-    from ..files import atomic_path
-
     say("Finding a learning rate ...")
-    suggestion = learn.lr_find().valley
+    with shown_progress(learn, 0, run.config.epochs):
+        suggestion = learn.lr_find().valley
     with atomic_path(run.path / "lr_find.png") as temporary:
         plt.gcf().savefig(temporary, dpi=150)
     plt.close()
@@ -257,21 +221,20 @@ def find_lr(learn: Learner, run: Run, say: Callable[[str], None] = print) -> flo
     return suggestion
 
 
-def estimate_seconds(learn: Learner, config: Config) -> float:
+def estimate_seconds(learn: Learner, config: ResolvedConfig) -> float:
     """Expected seconds of a run, from a few training batches timed here and now.
 
     Validation is counted as a third of the cost of training per image.
     """
     timer = TimeBatches()
     learn.unfreeze()
-    use_progress(learn, 0, config.epochs)
-    with learn.no_logging(), _shared(learn, config):
+    with shown_progress(learn, 0, config.epochs), learn.no_logging(), training_together(learn):
         learn.fit(1, cbs=timer)
-    batches = len(learn.dls.train) + len(learn.dls.valid) / 3
+    batches = (len(learn.dls.train) + len(learn.dls.valid) / 3) / world_size()
     return timer.seconds * batches * config.epochs
 
 
-def _record(run: Run, config: Config, row: dict, say: Callable[[str], None]) -> None:
+def _record(run: Run, config: ResolvedConfig, row: dict, say: Callable[[str], None]) -> None:
     run.append_history(row)
     say(
         f"Epoch [{row['epoch']}/{config.epochs}]  "

@@ -1,100 +1,33 @@
 """From batches to a fastai Learner on a timm model."""
 
-import difflib
-import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import timm
-import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import (
     CrossEntropyLossFlat,
     DataLoaders,
     Learner,
     accuracy,
-    get_model,
     model_meta,
     params,
     vision_learner,
 )
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ..config import DEFAULT_ARCH
-from ..data.blocks import used_crop
-from ..errors import BloodcellError, usage_error
-from .callbacks import measure_on_device, precision_callback
+from ..errors import UsageError
+from ..model.model import TimmBody, TimmHead, load_model
+from .callbacks import precision_callback
 from .optimizer import FusedAdam
-from .ready import READY, ready_for, ready_weights
-
-HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; with retries well below 15
-
-
-class WeightsWarning(UserWarning):
-    """The model starts from other weights than a reader would expect."""
-
-
-if TYPE_CHECKING:
-
-    class TimmModel(nn.Module):
-        """What every classifier of timm's has and torch's modules have not."""
-
-        num_classes: int
-        pretrained_cfg: dict
-        forward_features: Callable[[torch.Tensor], torch.Tensor]
-        forward_head: Callable[[torch.Tensor], torch.Tensor]
-        get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
-
-else:
-    TimmModel = nn.Module
-
-
-class TimmBody(nn.Module):
-    """A timm model up to its feature map; holds the whole model, so that timm can read it."""
-
-    def __init__(self, model: TimmModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (n, 3, h, w) to features, in the shape the architecture gives them."""
-        return self.model.forward_features(x)
-
-
-class TimmHead(nn.Module):
-    """timm's own pooling and classifier, from the feature map to the logits.
-
-    The classifier is the very module inside the body's model. The model itself is kept out of
-    torch's sight, or its weights would count as the head's. ``vision_learner`` gives the
-    classifier fastai's fresh weights (Kaiming): those timm gives some architectures make first
-    logits so large that the frozen epoch is spent on undoing them.
-    """
-
-    _model: TimmModel
-
-    def __init__(self, model: TimmModel):
-        super().__init__()
-        self.classifier = model.get_classifier()
-        self.__dict__["_model"] = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features to logits (n, classes)."""
-        return self._model.forward_head(x)
 
 
 def blood_learner(
     dls: DataLoaders,
-    arch: str = DEFAULT_ARCH,
+    arch: str | None = None,
     weights: str | Path = "auto",
     size: int | None = None,
-    n_out: int | None = None,
     label_smoothing: float = 0.1,
     metrics=accuracy,
     opt_func=FusedAdam,
@@ -107,47 +40,51 @@ def blood_learner(
     model: ``timm_model(learn)`` gives it and its ``state_dict`` loads into timm alone.
 
     Args:
-        dls: from :func:`~bloodcell_fastai.data.blocks.blood_dls`, or any fastai image
-            ``DataLoaders`` that normalise for ``arch``.
-        arch: any architecture of timm's.
-        weights: ``pbc`` (blood cells; they come with the package), ``imagenet`` (from the hub
-            or its cache), a ``.safetensors`` or ``.pth`` file in timm's naming, ``none``, or
-            ``auto``: pbc if they are of this architecture, else imagenet, else none with a
-            warning.
-        size: side of the input in pixels; found from a batch of ``dls`` if not given.
-        n_out: number of classes, ``len(dls.vocab)`` if not given.
+        dls: from :func:`~bloodcell_fastai.blood_dls`, or any fastai image ``DataLoaders`` that
+            normalise for ``arch``.
+        arch: any architecture of timm's. Needed only for ``dls`` of another origin; those of
+            ``blood_dls`` know theirs.
+        weights: ``pbc`` (blood cells; ships with the package), ``imagenet`` (from the hub or its
+            cache), a ``.safetensors`` or ``.pth`` file in timm's naming, ``none``, or ``auto``:
+            pbc if it is of this architecture, else imagenet, else none with a warning.
+        size: input size in pixels, for ``dls`` of another origin; found from a batch if not given.
         label_smoothing: of the cross-entropy loss, 0 to 1.
         metrics: fastai metrics.
         opt_func: a fastai optimizer; by default its Adam, computed faster.
         **kwargs: passed to ``vision_learner``, such as ``wd``, ``cbs``, ``path``.
 
     Returns:
-        The learner. ``learn.weights_used`` says in a few words what the model started from
+        The learner. ``learn.initial_weights`` says in a few words what the model started from
         and ``learn.pretrained`` whether that was training of any kind; ``learn.arch``,
-        ``learn.size`` and ``learn.crop`` are the architecture, the side of its input and the
-        part of a picture that it sees.
+        ``learn.size`` and ``learn.crop`` are those of ``dls``.
 
     Raises:
         BloodcellError: unknown architecture, a size it cannot take, weights that cannot be had
-            or do not fit.
+            or do not fit; another ``arch`` or ``size`` than that of the batches.
 
     Examples:
-        >>> from bloodcell_fastai import (
-        ...     blood_dls, blood_learner, open_dataset, split_table, with_photos
+        >>> from bloodcell_fastai import blood_dls, blood_learner, open_dataset, split_table
+        >>> table = split_table(open_dataset("demo").table)
+        >>> learn = blood_learner(
+        ...     blood_dls(table, arch="resnet18", size=64, bs=16), weights="none"
         ... )
-        >>> dataset = open_dataset("demo")
-        >>> table = with_photos(dataset.table, dataset.root)
-        >>> dls = blood_dls(split_table(table), arch="resnet18", size=64, bs=16)
-        >>> learn = blood_learner(dls, "resnet18", weights="none")
-        >>> learn.weights_used, learn.pretrained, learn.size, learn.crop
-        ('none', False, 64, 'cell')
+        >>> learn.initial_weights, learn.pretrained, learn.arch, learn.size, learn.crop
+        ('none', False, 'resnet18', 64, 'cell')
         >>> with learn.no_bar(), learn.no_logging():
         ...     learn.fit_one_cycle(1, 1e-3)
     """
-    n_out = n_out or len(dls.vocab)
-    size = size or dls.one_batch()[0].shape[-1]
-    model, weights_used = load_model(arch, n_out, size, weights)
-    pretrained = weights_used != "none"
+    own = vars(dls)  # getattr would find the size of fastai's own items, a table
+    for name, given in (("arch", arch), ("size", size)):
+        if given and given != own.get(name, given):
+            raise UsageError(
+                f"{name} is {given}, but the batches are for {own[name]}.",
+                f"Give `{name}` to blood_dls.",
+            )
+    arch = arch or own.get("arch", DEFAULT_ARCH)
+    size = size or own.get("size") or dls.one_batch()[0].shape[-1]
+    n_out = len(dls.vocab)
+    model, initial_weights = load_model(arch, n_out, size, weights)
+    pretrained = initial_weights != "none"
     with _registered(model) as build:
         learn = vision_learner(
             dls,
@@ -162,9 +99,8 @@ def blood_learner(
             opt_func=opt_func,
             **kwargs,
         )
-    measure_on_device(learn)
-    learn.arch, learn.size, learn.weights_used = arch, size, weights_used
-    learn.crop = used_crop(dls)
+    learn.arch, learn.size, learn.crop = arch, size, own.get("crop", "frame")
+    learn.initial_weights = initial_weights
     learn.recorder.train_metrics = True
     return learn.add_cbs([ChannelsLast(), *precision_callback(dls.device)])
 
@@ -187,303 +123,8 @@ def _registered(model: nn.Module) -> Iterator[Callable]:
         del model_meta[build]
 
 
-def timm_model(learn: Learner) -> TimmModel:
-    """The timm model inside a learner of :func:`blood_learner`.
-
-    Returns:
-        The model that ``timm.create_model`` made, its classifier included: float32 images
-        (n, 3, size, size), normalised, to logits (n, classes).
-
-    Raises:
-        AttributeError: the learner is not of :func:`blood_learner`.
-
-    Examples:
-        >>> from bloodcell_fastai import Run, load_learner, timm_model
-        >>> model = timm_model(load_learner(Run.open("mine")))
-        >>> model.pretrained_cfg["architecture"], model.num_classes
-        ('resnet18', 4)
-    """
-    return get_model(learn.model)[0].model
-
-
 def split_parameters(model: nn.Sequential) -> list[list[nn.Parameter]]:
     """Two groups for fastai's discriminative learning rates: the body, the head."""
     head = params(model[1])
     head_ids = {id(p) for p in head}
     return [[p for p in params(model[0]) if id(p) not in head_ids], head]
-
-
-def load_model(
-    arch: str, n_out: int, size: int, weights: str | Path = "auto"
-) -> tuple[TimmModel, str]:
-    """Create a timm model and load its first weights; see :func:`blood_learner`.
-
-    Returns:
-        The model, and what it started from, which is ``none``, ``imagenet`` (with timm's tag),
-        ``pbc`` (with what that is) or the name of a file.
-    """
-    weights = str(weights)
-    if weights == "auto":
-        if (name := ready_for(arch)) is not None:
-            weights = name
-        elif (reason := _why_no_pretrained(arch)) is None:
-            weights = "imagenet"
-        else:
-            weights = "none"
-            warnings.warn(
-                f"RANDOM WEIGHTS: {arch} starts from nothing, because {reason} Expect to train "
-                "for longer and to reach less. Give --weights FILE to start from weights you "
-                "have.",
-                WeightsWarning,
-                stacklevel=3,
-            )
-    if weights == "none":
-        return _create(arch, n_out, size), "none"
-    if weights == "imagenet":
-        if reason := _why_no_pretrained(arch):
-            raise BloodcellError(
-                f"No ImageNet weights for {arch}: {reason}",
-                "Use --weights FILE with weights you have, or --weights none.",
-            )
-        return _create(arch, n_out, size, pretrained=True), f"imagenet ({arch})"
-    if weights in READY:
-        path = ready_weights(weights, arch)
-        used = f"{weights} ({READY[weights].images})"
-        return _create_from(path, arch, n_out, size), used
-    path = Path(weights)
-    return _create_from(path, arch, n_out, size), path.name
-
-
-def load_weights(model: TimmModel, path: Path, classes: Sequence[str] = ()) -> None:
-    """Load a run's ``model.safetensors`` into its timm model, every tensor of it.
-
-    Args:
-        model: of the run's architecture.
-        path: the file.
-        classes: of the config, to be those that the file says its outputs are, in their order;
-            older files say nothing.
-
-    Raises:
-        BloodcellError: the file is missing, holds more than tensors, or does not fit; the
-            message counts the missing, unexpected and misshapen tensors.
-    """
-    state = read_tensors(path)
-    classifier = f"{model.pretrained_cfg.get('classifier')}.weight"
-    outputs = len(state[classifier]) if classifier in state and state[classifier].ndim else None
-    if outputs is not None and outputs != model.num_classes:
-        raise BloodcellError(
-            f"classes in config.json lists {model.num_classes} names, but {path} has {outputs} "
-            "outputs.",
-            "Was the config edited? Copy the run again, with all its files.",
-        )
-    _check_fit(path, state, model.state_dict(), free=())
-    if classes and (own := _own_classes(path)) is not None and own != list(classes):
-        raise BloodcellError(
-            f"classes in config.json are not those of {path}.",
-            f"Was the config edited? The weights are for {str(own)[:200]}, in this order.",
-        )
-    model.load_state_dict(state)
-
-
-def _own_classes(path: Path) -> list | None:
-    with safe_open(path, framework="pt") as file:
-        try:
-            return json.loads((file.metadata() or {})["classes"])
-        except (KeyError, ValueError, RecursionError):
-            return None
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` or ``.pth`` file; nothing in it is executed.
-
-    Raises:
-        BloodcellError: the file is missing, damaged, or holds anything but tensors.
-    """
-    if not path.is_file():
-        raise BloodcellError(
-            f"No weights file {path}.",
-            f"Use auto, {', '.join(READY)}, imagenet, none, or the path of a file.",
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on bytes that are no pickle torch's reader raises anything
-        raise BloodcellError(
-            f"{path} is damaged or holds more than tensors, which could run code when loaded.",
-            "Copy it again, or save the model's state_dict() as .safetensors and give that.",
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not (
-        isinstance(state, Mapping)
-        and all(map(torch.is_tensor, state.values()))
-        and all(isinstance(key, str) for key in state)
-    ):
-        raise BloodcellError(f"{path} is not a table of tensors.", "Give a model's state_dict().")
-    return dict(state)
-
-
-def check_arch(arch: str) -> None:
-    """Refuse an architecture timm does not have, and suggest the nearest names.
-
-    Raises:
-        BloodcellError: there is no such architecture.
-    """
-    known = [*timm.list_models(), *timm.list_pretrained()]
-    if arch in known:
-        return
-    near = difflib.get_close_matches(arch, known, n=3, cutoff=0.4)
-    raise usage_error(
-        f"timm has no architecture {arch!r}.",
-        f"Did you mean {' or '.join(near)}?" if near else "See timm.list_models().",
-    )
-
-
-class ClassifierInputs:
-    """What a classifier was given, collected by :func:`classifier_inputs`."""
-
-    def __init__(self):
-        self._batches: list[torch.Tensor] = []
-
-    def add(self, batch: torch.Tensor) -> None:
-        """Keep a batch (n, d) or, from before a convolution, (n, d, 1, 1)."""
-        self._batches.append(batch.detach().flatten(1).float().cpu())
-
-    def take(self) -> torch.Tensor:
-        """Features of the images since the last take, float32 (n, d) on the CPU, in order."""
-        batches, self._batches = self._batches, []
-        return torch.cat(batches) if batches else torch.empty(0, 0)
-
-
-@contextmanager
-def classifier_inputs(model: TimmModel) -> Iterator[ClassifierInputs]:
-    """Collect the penultimate features of a timm model while it predicts, at no extra cost.
-
-    They are the inputs of ``model.get_classifier()``; of the first, where an architecture has
-    several (distilled ones). ::
-
-        with classifier_inputs(timm_model(learn)) as inputs:
-            probabilities, _ = learn.get_preds()
-        features = inputs.take()
-    """
-    classifier = model.get_classifier()
-    if isinstance(classifier, tuple):
-        classifier = classifier[0]
-    inputs = ClassifierInputs()
-    handle = classifier.register_forward_pre_hook(lambda module, args: inputs.add(args[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
-def _create(arch: str, n_out: int, size: int, **kwargs) -> TimmModel:
-    """A timm model that takes ``size`` pixels, tried on an empty picture.
-
-    Some architectures accept a size when they are made and fail in their first batch.
-    """
-    try:
-        model, _ = create_sized(arch, n_out, size, **kwargs)
-        _try_forward(model, size)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise usage_error(
-            f"{arch} cannot take {size} px: {reason}.", _size_hint(arch, size)
-        ) from None
-    return model
-
-
-def create_sized(arch: str, n_out: int, size: int, **kwargs) -> tuple[TimmModel, dict[str, int]]:
-    """A timm model for ``size`` pixels, and what ``timm.create_model`` was told of the size.
-
-    That is ``img_size``, or nothing where the architecture takes any size.
-
-    Raises:
-        BloodcellError: timm has no such architecture; nothing is fetched from a hub or a folder,
-            which timm would do for some names.
-    """
-    check_arch(arch)
-    sized = {"img_size": size}
-    try:
-        return timm.create_model(arch, num_classes=n_out, **sized, **kwargs), sized
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-    return timm.create_model(arch, num_classes=n_out, **kwargs), {}
-
-
-def _try_forward(model: nn.Module, size: int) -> None:
-    with torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, size, size))
-    model.train()
-
-
-def _size_hint(arch: str, size: int) -> str:
-    below = size // 32 * 32
-    fitting = []
-    for candidate in (below, below + 32):
-        try:
-            _try_forward(create_sized(arch, 2, candidate)[0], candidate)
-            fitting.append(str(candidate))
-        except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
-            continue
-    if not fitting:
-        return "Use a multiple of 32."
-    return f"Use --size {' or --size '.join(fitting)} (multiples of 32)."
-
-
-def _create_from(path: Path, arch: str, n_out: int, size: int) -> TimmModel:
-    """A timm model with the weights of a file, adapted by timm as its own weights are:
-    position biases resized, the classifier of other classes dropped."""
-    state = read_tensors(path)
-    fresh = _create(arch, n_out, size)
-    classifier = f"{fresh.pretrained_cfg.get('classifier')}."
-    _check_fit(path, state, fresh.state_dict(), free=(classifier, *_RESIZED))
-    # In half precision timm would resize the position biases so too.
-    state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
-    rows = [len(value) for key, value in state.items() if key == f"{classifier}weight"]
-    if not rows:  # timm drops the file's classifier before loading and expects one to drop
-        new = {k: v for k, v in fresh.state_dict().items() if k.startswith(classifier)}
-        state, rows = state | new, [n_out]
-    overlay = {"state_dict": state, "num_classes": rows[0]}
-    return _create(arch, n_out, size, pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-_RESIZED = ("relative_position", "pos_embed", "attn_mask")  # what depends on the input's size
-
-
-def _check_fit(path: Path, state: Mapping, expected: Mapping, free: tuple[str, ...]) -> None:
-    def matters(key: str) -> bool:
-        return not any(part in key for part in free)
-
-    missing = [key for key in expected.keys() - state.keys() if matters(key)]
-    unknown = [key for key in state.keys() - expected.keys() if matters(key)]
-    common = expected.keys() & state.keys()
-    misshapen = [k for k in common if matters(k) and expected[k].shape != state[k].shape]
-    if missing or unknown or misshapen:
-        raise BloodcellError(
-            f"{path} does not fit the architecture: of its {len(expected)} tensors {len(missing)} "
-            f"are missing and {len(misshapen)} have another shape; {len(unknown)} are unknown.",
-            "Give the --arch the weights were trained with.",
-        )
-
-
-def _why_no_pretrained(arch: str) -> str | None:
-    """Why timm's weights for ``arch`` cannot be had now; None if they can."""
-    check_arch(arch)
-    config = timm.get_pretrained_cfg(arch)
-    if config is None or not config.has_weights:
-        return "timm has no weights for it."
-    if not config.hf_hub_id:
-        return None
-    if isinstance(try_to_load_from_cache(config.hf_hub_id, SAFETENSORS_SINGLE_FILE), str):
-        return None
-    try:
-        url = hf_hub_url(config.hf_hub_id, SAFETENSORS_SINGLE_FILE)
-        get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
-    except Exception as error:  # the hub's client has changed its HTTP library, and its errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"Hugging Face cannot be reached ({reason})."
-    return None

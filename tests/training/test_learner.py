@@ -1,42 +1,74 @@
-import socket
-import time
-import warnings
+"""A fastai learner on a timm model."""
 
+import numpy as np
 import pytest
 import timm
 import torch
-from fastai.vision.all import Learner
-from safetensors.torch import load_file, save_file
+from fastai.vision.all import (
+    CategoryBlock,
+    ColReader,
+    ColSplitter,
+    DataBlock,
+    ImageBlock,
+    Learner,
+    Resize,
+)
+from safetensors.torch import load_file
 
 from bloodcell_fastai import BloodcellError, blood_dls, blood_learner, split_table, timm_model
-from bloodcell_fastai.training.learner import (
-    WeightsWarning,
-    load_model,
-    load_weights,
-    read_tensors,
-    split_parameters,
-)
+from bloodcell_fastai.config import DEFAULT_ARCH
+from bloodcell_fastai.data.loaders import normalization
+from bloodcell_fastai.training.learner import split_parameters
 
-MAXVIT = "maxvit_nano_rw_256.sw_in1k"
 LITE0 = "tf_efficientnet_lite0"
 
 
 @pytest.fixture(scope="module")
-def dls(demo_table):
-    return blood_dls(split_table(demo_table), LITE0, size=64, bs=8)
+def table(demo_table):
+    return split_table(demo_table)
+
+
+@pytest.fixture(scope="module")
+def dls(table):
+    return blood_dls(table, LITE0, size=64, bs=8)
 
 
 @pytest.fixture(scope="module")
 def learn(dls, lite0_weights):
-    return blood_learner(dls, LITE0, lite0_weights, size=64)
+    return blood_learner(dls, weights=lite0_weights)
 
 
-@pytest.fixture
-def no_hub(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise OSError("name or service not known")
+def test_the_batches_say_which_model_they_are_for(table):
+    """No argument is given twice, and two that differ are an error."""
+    dls = blood_dls(table, "resnet18", size=32, bs=8, crop="frame", cache=False)
+    learn = blood_learner(dls, weights="none")
+    assert (learn.arch, learn.size, learn.crop) == ("resnet18", 32, "frame")
+    assert (learn.initial_weights, learn.pretrained) == ("none", False)
+    assert timm_model(learn).pretrained_cfg["architecture"] == "resnet18"
+    same = blood_learner(dls, "resnet18", weights="none", size=32)
+    assert (same.arch, same.size) == ("resnet18", 32)
+    for contradiction in ({"arch": LITE0}, {"size": 64}):
+        with pytest.raises(ValueError, match="the batches are") as caught:
+            blood_learner(dls, weights="none", **contradiction)
+        assert isinstance(caught.value, BloodcellError)
+        assert "blood_dls" in caught.value.hint
 
-    monkeypatch.setattr("bloodcell_fastai.training.learner.get_hf_file_metadata", unreachable)
+
+def test_batches_of_another_origin(table):
+    """Any fastai loaders will do: the size is that of a batch."""
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock),
+        get_x=ColReader("path"),
+        get_y=ColReader("label"),
+        splitter=ColSplitter("is_valid"),
+        item_tfms=Resize(96),
+        batch_tfms=normalization("resnet18"),
+    )
+    dls = block.dataloaders(table.assign(is_valid=table.part == "valid"), bs=4)
+    learn = blood_learner(dls, "resnet18", weights="none")
+    assert (learn.arch, learn.size, learn.crop) == ("resnet18", 96, "frame")
+    assert timm_model(learn).num_classes == 4
+    assert DEFAULT_ARCH.startswith("maxvit")  # what it is without a name
 
 
 def test_it_is_a_fastai_learner_with_two_groups(learn):
@@ -46,7 +78,8 @@ def test_it_is_a_fastai_learner_with_two_groups(learn):
     assert len(body) + len(head) == len(list(timm_model(learn).parameters()))
 
 
-def test_pretrained_weights_leave_the_body_frozen(learn):
+def test_pretrained_weights_leave_the_body_frozen(learn, lite0_weights):
+    assert (learn.initial_weights, learn.pretrained) == (lite0_weights.name, True)
     trainable = {name for name, p in timm_model(learn).named_parameters() if p.requires_grad}
     assert {"classifier.weight", "classifier.bias"} <= trainable
     assert "conv_stem.weight" not in trainable
@@ -60,11 +93,11 @@ def test_the_body_holds_the_weights_of_the_file(learn, lite0_weights):
 
 
 @pytest.mark.parametrize(
-    "arch", [MAXVIT, LITE0, "resnet18", "vit_tiny_patch16_224", "convnext_atto"]
+    "arch", [DEFAULT_ARCH, LITE0, "resnet18", "vit_tiny_patch16_224", "convnext_atto"]
 )
-def test_the_network_is_timms(dls, arch):
+def test_the_network_is_timms(table, arch):
     """timm alone, given the state dict, computes the same."""
-    learn = blood_learner(dls, arch, "none", size=64)
+    learn = blood_learner(blood_dls(table, arch, size=64, bs=8), weights="none")
     model = learn.model.eval()
     kwargs = {} if arch in (LITE0, "resnet18", "convnext_atto") else {"img_size": 64}
     alone = timm.create_model(arch, num_classes=4, **kwargs).eval()
@@ -75,143 +108,27 @@ def test_the_network_is_timms(dls, arch):
 
 
 def test_gradients_reach_body_and_head(dls):
-    learn = blood_learner(dls, LITE0, "none", size=64)
+    learn = blood_learner(dls, weights="none")
     learn.model(torch.randn(2, 3, 64, 64)).sum().backward()
     for group in split_parameters(learn.model):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in group)
 
 
-@pytest.mark.parametrize("size", [64, 96])
-def test_maxvit_takes_other_sizes(size):
-    model, used = load_model(MAXVIT, 4, size, "none")
-    assert used == "none"
-    assert model(torch.zeros(2, 3, size, size)).shape == (2, 4)
+def test_arguments_of_vision_learner_and_of_the_loss(dls):
+    learn = blood_learner(dls, weights="none", label_smoothing=0.25, wd=0.3, path="here")
+    assert learn.wd == 0.3
+    assert str(learn.path) == "here"
+    logits = torch.tensor([[5.0, 0.0, 0.0, 0.0]])
+    loss = learn.loss_func(logits, torch.tensor([0]))
+    log_probabilities = logits.log_softmax(dim=1)[0].numpy()
+    assert float(loss) == pytest.approx(-np.dot(log_probabilities, [0.8125, *[0.0625] * 3]))
 
 
-def test_weights_of_another_size_are_adapted(tmp_path):
-    """Position biases depend on the size; everything else is taken over as it is."""
-    small, _ = load_model(MAXVIT, 8, 64, "none")
-    path = tmp_path / "small.safetensors"
-    save_file(small.state_dict(), path)
-    large, used = load_model(MAXVIT, 4, 128, path)
-    assert used == "small.safetensors"
-    assert torch.equal(large.state_dict()["stem.conv1.weight"], small.stem.conv1.weight)
-    assert large(torch.zeros(1, 3, 128, 128)).shape == (1, 4)
-
-
-def test_a_pth_file_of_tensors(tmp_path, lite0_weights):
-    path = tmp_path / "weights.pth"
-    torch.save({"state_dict": load_file(lite0_weights)}, path)
-    model, _ = load_model(LITE0, 4, 64, path)
-    assert torch.equal(model.conv_stem.weight, load_file(lite0_weights)["conv_stem.weight"])
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_a_pickle_is_not_run(tmp_path):
-    torch.save({"weight": Bomb(tmp_path / "harm")}, tmp_path / "weights.pth")
-    with pytest.raises(BloodcellError, match="more than tensors"):
-        read_tensors(tmp_path / "weights.pth")
-    assert not (tmp_path / "harm").exists()
-
-
-def test_weights_of_another_architecture_are_counted(lite0_weights):
-    with pytest.raises(BloodcellError, match=r"\d+ are missing.*\d+ are unknown"):
-        load_model("resnet18", 4, 64, lite0_weights)
-
-
-def test_missing_keys_are_counted(tmp_path, lite0_weights):
-    state = load_file(lite0_weights)
-    for name in ("conv_stem.weight", "bn1.weight"):
-        del state[name]
-    save_file(state, tmp_path / "partial.safetensors")
-    with pytest.raises(BloodcellError, match="2 are missing and 0 have another shape; 0"):
-        load_model(LITE0, 4, 64, tmp_path / "partial.safetensors")
-
-
-def test_a_runs_weights_must_fit_whole(tmp_path, lite0_weights):
-    state = load_file(lite0_weights)
-    state["conv_stem.weight"] = state["conv_stem.weight"][:, :1].clone()
-    save_file(state, tmp_path / "grey.safetensors")
-    model, _ = load_model(LITE0, 1000, 64, "none")
-    with pytest.raises(BloodcellError, match="0 are missing and 1 have another shape"):
-        load_weights(model, tmp_path / "grey.safetensors")
-    model, _ = load_model(LITE0, 4, 64, "none")
-    with pytest.raises(BloodcellError, match=r"lists 4 names, but .* has 1000 outputs"):
-        load_weights(model, lite0_weights)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("gone.safetensors", None, "No weights file"),
-        ("text.safetensors", b"hello", "damaged"),
-        ("text.pth", b"hello", "damaged"),
-        ("empty.pth", b"", "damaged"),
-    ],
-)
-def test_files_that_are_no_weights(tmp_path, name, content, message):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(BloodcellError, match=message):
-        load_model(LITE0, 4, 64, path)
-
-
-def test_auto_without_a_hub_warns_and_starts_from_nothing(no_hub):
-    with pytest.warns(WeightsWarning, match="RANDOM WEIGHTS"):
-        _, used = load_model(LITE0, 4, 64, "auto")
-    assert used == "none"
-
-
-def test_imagenet_without_a_hub_is_an_error(no_hub):
-    with pytest.raises(BloodcellError, match="cannot be reached"):
-        load_model(MAXVIT, 4, 64, "imagenet")
-
-
-def test_auto_takes_the_hubs_weights(monkeypatch, lite0_weights, tmp_path):
-    """A local stand-in for the hub's cache, where timm finds its file as after a download."""
-    monkeypatch.setattr(
-        "bloodcell_fastai.training.learner.try_to_load_from_cache", lambda *a: str(lite0_weights)
-    )
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *a, **k: str(lite0_weights))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", WeightsWarning)
-        model, used = load_model(LITE0, 4, 64, "auto")
-    assert used == f"imagenet ({LITE0})"
-    assert torch.equal(model.conv_stem.weight, load_file(lite0_weights)["conv_stem.weight"])
-
-
-def test_auto_decides_soon_when_the_hub_never_answers(monkeypatch):
-    """A server that takes the connection and then says nothing."""
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(
-            "bloodcell_fastai.training.learner.hf_hub_url", lambda repo, name: f"{address}/{name}"
-        )
-        started = time.monotonic()
-        with pytest.warns(WeightsWarning):
-            load_model(LITE0, 4, 64, "auto")
-        assert time.monotonic() - started < 15
-
-
-def test_an_unknown_architecture_names_its_neighbours():
-    with pytest.raises(BloodcellError, match="no architecture 'maxvit_nan'") as caught:
-        load_model("maxvit_nan", 4, 64, "none")
-    assert "maxvit_nano" in caught.value.hint
-    assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize("size", [100, 250])
-def test_a_size_maxvit_cannot_take_names_those_it_can(size):
-    with pytest.raises(BloodcellError, match=f"cannot take {size} px") as caught:
-        load_model(MAXVIT, 4, size, "none")
-    assert f"--size {size // 32 * 32} or --size {size // 32 * 32 + 32}" in caught.value.hint
+def test_it_learns_with_fastais_own_calls(table):
+    learn = blood_learner(blood_dls(table, "resnet18", size=32, bs=16), weights="none")
+    before = timm_model(learn).fc.weight.detach().clone()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, 1e-3)
+    names = list(learn.recorder.metric_names)
+    assert {"train_loss", "train_accuracy", "valid_loss", "valid_accuracy"} <= set(names)
+    assert not torch.equal(timm_model(learn).fc.weight, before)

@@ -1,0 +1,265 @@
+"""From a config to a trained run: what ``bloodcell fit`` does, for the library to call too."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from fastai.vision.all import Learner
+
+from ..config import Config, ResolvedConfig
+from ..data.datasets import open_dataset
+from ..data.splits import (
+    count_known,
+    describe_leakage,
+    kept_split,
+    leakage,
+    photo_groups,
+    split_table,
+)
+from ..distributed import by_first, wait_for_all, world_size
+from ..errors import BloodcellError
+from ..model.inference import Predictor
+from ..model.model import WeightsWarning
+from ..model.runs import Run, newest_unfinished
+from ..reporter import Reporter, duration
+from .calibrate import calibrate
+from .fit import estimate_seconds, fit, make_learner, phases, resolve
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do.
+
+    Attributes:
+        images: images per class (rows) in ``train`` and ``valid`` (columns).
+        photos: photographs in ``train`` and ``valid``, an image of unknown photograph counted as
+            one; None where no photograph is known.
+        n_known: images whose photograph is known.
+        leakage: fraction of the validation images with a copy of their photograph in training, 0
+            to 1; None where no photograph is known.
+        steps: optimizer steps per epoch.
+        epochs: in total, and of these with the body frozen.
+        seconds: the estimated time, None if it was not measured.
+    """
+
+    images: pd.DataFrame
+    photos: pd.Series | None
+    n_known: int
+    leakage: float | None
+    steps: int
+    epochs: tuple[int, int]
+    seconds: float | None = None
+
+
+def train(
+    config: Config,
+    root: str | Path = "runs",
+    name: str | None = None,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+) -> Run:
+    """Read the data, split it, make the learner, train it; return the run.
+
+    Args:
+        config: the options; ``config.data`` as for ``open_dataset``, empty to find the data.
+        root: folder of the runs.
+        name: of the run; the time of day if None.
+        dry_run: write ``config.json`` and ``split.csv``, tell the plan, and stop.
+        reporter: told what happens.
+
+    Returns:
+        The run; with ``dry_run`` one without a model.
+
+    Raises:
+        BloodcellError: the data, an option or the training went wrong.
+
+    Examples:
+        >>> from bloodcell_fastai import Config, train
+        >>> config = Config(data="demo", arch="resnet18", weights="none", size=64, bs=16, epochs=1)
+        >>> run = train(config, name="first")  # doctest: +ELLIPSIS
+        Run      runs/first
+        ...
+        >>> run.has_model, len(run.history)
+        (True, 1)
+    """
+    reporter = reporter or Reporter()
+    resolved, table = prepare(config, reporter)
+    table = split_table(table, resolved.split, resolved.seed)
+    return train_table(config, resolved, table, Run.create(root, name), dry_run, reporter)
+
+
+def prepare(config: Config, reporter: Reporter) -> tuple[ResolvedConfig, pd.DataFrame]:
+    """Open the data that a config names.
+
+    Returns:
+        The config with the folder found and the split that is used, and the image table.
+    """
+    dataset = open_dataset(config.data or None, progress=reporter.progress)
+    for warning in dataset.warnings:
+        reporter.warn(warning)
+    if dataset.unreadable:
+        names = ", ".join(path.name for path in dataset.unreadable[:5])
+        reporter.warn(f"{len(dataset.unreadable)} unreadable images are left out, such as {names}.")
+    # Folds are always by photograph.
+    split = config.split if config.folds else kept_split(dataset.table, config.split)
+    if split != config.split:
+        reporter.say(f"The data set has a split of its own, which is used: {split}.")
+    found = {"data": str(dataset.root), "split": split, "warnings": dataset.warnings}
+    return ResolvedConfig(**(config.model_dump() | found)), dataset.table
+
+
+def train_table(
+    asked: Config,
+    resolved: ResolvedConfig,
+    table: pd.DataFrame,
+    run: Run,
+    dry_run: bool,
+    reporter: Reporter,
+) -> Run:
+    """Train on a split table, into a run folder just made; see :func:`train`.
+
+    Args:
+        asked: the options as they were given.
+        resolved: what :func:`prepare` made of them.
+        table: image table with ``part``.
+        run: from :meth:`Run.create`.
+        dry_run: see :func:`train`.
+        reporter: told what happens.
+
+    Raises:
+        BloodcellError: another process has taken the folder, an option or the training went
+            wrong.
+    """
+    with run.lock():
+        try:
+            learn = _begin(asked, resolved, table, run, dry_run, reporter)
+        except BaseException:
+            run.remove()  # it holds nothing yet
+            raise
+        wait_for_all()  # the options of a run are read from its folder
+        plan = make_plan(run.config, table, learn, timed=dry_run)
+        reporter.say(describe(plan, run.config, run))
+        if not dry_run:
+            complete(learn, run, reporter)
+    return run
+
+
+def _begin(
+    asked: Config,
+    resolved: ResolvedConfig,
+    table: pd.DataFrame,
+    run: Run,
+    dry_run: bool,
+    reporter: Reporter,
+) -> Learner:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        learn = make_learner(resolved, table, cache=not dry_run, progress=reporter.progress)
+    told = [str(w.message) for w in caught if issubclass(w.category, WeightsWarning)]
+    for warning in told:
+        reporter.warn(warning)
+    known = tuple(dict.fromkeys((*resolved.warnings, *told)))  # another fold may have told them
+    run.start(asked, resolve(resolved, learn).changed(warnings=known), table)
+    return learn
+
+
+def resume(
+    root: str | Path = "runs",
+    name: str | None = None,
+    reporter: Reporter | None = None,
+    data: str | Path | None = None,
+) -> Run:
+    """Continue an unfinished run, the newest if no name is given, as if it had not stopped.
+
+    Args:
+        root: folder of the runs.
+        name: name or folder of the run.
+        reporter: told what happens.
+        data: where the images are now; None: where they were.
+
+    Raises:
+        BloodcellError: there is no such run, it came to its end, or another process trains it.
+    """
+    path = name or newest_unfinished(root).path
+    return resume_run(Run.open(path, root, data), reporter or Reporter())
+
+
+def resume_run(run: Run, reporter: Reporter) -> Run:
+    """Continue a run; see :func:`resume`. Its device is chosen anew: it may be another machine."""
+    run.refuse_folds()
+    with run.lock():
+        if run.finished:
+            raise BloodcellError(
+                f"Run {run.name} came to its end after {len(run.history)} epochs.",
+                f"See it: bloodcell interpret {run.name}",
+            )
+        checkpoint = run.load_last()
+        weights = "none" if checkpoint else None  # the checkpoint brings all weights
+        config = run.config.changed(device=run.asked.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WeightsWarning)
+            learn = make_learner(config, run.table, weights, progress=reporter.progress)
+        done = checkpoint.epochs_done if checkpoint else 0
+        reporter.say(f"Resuming {run.name} after epoch {done} of {config.epochs}.")
+        complete(learn, run, reporter)
+    return run
+
+
+def complete(learn: Learner, run: Run, reporter: Reporter) -> None:
+    """Train to the end, calibrate the best model, and only then mark the run as finished."""
+    fit(learn, run, reporter.say)
+    _finish(learn, run, reporter)
+    wait_for_all()  # until it is marked, for those who look
+
+
+@by_first
+def _finish(learn: Learner, run: Run, reporter: Reporter) -> None:
+    predictor = Predictor.from_learner(learn)
+    calibration, reference = calibrate(predictor, run.table, learn.dls.reader, run.config.seed)
+    run.save_calibration(calibration, reference)
+    run.finish()
+    reporter.say(str(calibration))
+    reporter.say(f"Done. Next: bloodcell interpret {run.name}")
+
+
+def make_plan(
+    config: ResolvedConfig, table: pd.DataFrame, learn: Learner, timed: bool = False
+) -> Plan:
+    """What a run with these options on this table will do; ``timed`` runs a few batches."""
+    used = table[table.part != ""]
+    n_known = count_known(used)
+    return Plan(
+        images=pd.crosstab(used.label, used.part),
+        photos=photo_groups(used).groupby(used.part).nunique() if n_known else None,
+        n_known=n_known,
+        leakage=leakage(used),
+        steps=len(learn.dls.train) // world_size(),
+        epochs=(config.epochs, sum(phase.epochs for phase in phases(config) if phase.frozen)),
+        seconds=estimate_seconds(learn, config) if timed else None,
+    )
+
+
+def describe(plan: Plan, config: ResolvedConfig, run: Run) -> str:
+    """The plan as lines of text."""
+    train, valid = plan.images["train"].sum(), plan.images["valid"].sum()
+    processes = f" in each of {world_size()} processes" if world_size() > 1 else ""
+    lines = [
+        f"Run      {run.path}",
+        f"Data     {config.data}",
+        f"Split    {config.split}: {train:,} images train, {valid:,} validate ("
+        + ", ".join(f"{label} {n:,}" for label, n in plan.images["valid"].items())
+        + ")",
+        f"Leakage  {describe_leakage(plan.leakage, plan.n_known, train + valid)}",
+        f"Model    {config.arch} from {config.start} at {config.size} px on {config.device}",
+        f"Steps    {plan.steps} of {config.bs} images{processes} per epoch, {plan.epochs[0]} epochs"
+        + (f", the head alone in the first {plan.epochs[1]}" if plan.epochs[1] else ""),
+    ]
+    if config.bs < run.asked.bs:
+        lines[-1] += f" (batches of {run.asked.bs} would be larger than the training part)"
+    if plan.photos is not None:
+        counts = f"{plan.photos['train']:,} train, {plan.photos['valid']:,} validate"
+        lines.insert(3, f"Photos   {counts}")
+    if plan.seconds is not None:
+        lines.append(f"Time     about {duration(plan.seconds)} on this machine")
+    return "\n".join(lines)
