@@ -14,11 +14,12 @@ from sklearn.metrics import f1_score, roc_auc_score
 from typer.testing import CliRunner
 
 from bloodcell_fastai import BloodcellError, Predictor, Run, cli, interpret_external
-from bloodcell_fastai.analysis import external
-from bloodcell_fastai.analysis.interpretation import summarise
-from bloodcell_fastai.data.dataset import read_folder
-from bloodcell_fastai.data.provenance import known_photos, write_known_photos
-from bloodcell_fastai.data.smears import make_demo
+from bloodcell_fastai.data import duplicates
+from bloodcell_fastai.data.datasets import read_folder
+from bloodcell_fastai.data.demo import make_demo
+from bloodcell_fastai.data.duplicates import digest, known_photos, write_known_photos
+from bloodcell_fastai.evaluation import external
+from bloodcell_fastai.evaluation.interpretation import summarise
 
 NAMES = {"EOSINOPHIL": "EO", "LYMPHOCYTE": "LYT", "NEUTROPHIL": "Segmented neutrophils"}
 
@@ -61,27 +62,35 @@ def test_every_image_is_accounted_for(scored, other, run):
     assert folder == run.path / "on" / "elsewhere"
     table = pd.read_csv(folder / "predictions.csv")
     unknown = pd.read_csv(folder / "unknown.csv")
-    paths = {str(path) for path in other.rglob("*.*")}
+    paths = {path.relative_to(other).as_posix() for path in other.rglob("*.*")}
     left_out = paths - set(table.path) - set(unknown.path)
     assert {Path(path).name for path in left_out} == {"seen-0.jpeg", "seen-1.jpeg"}
+    assert not any(Path(path).is_absolute() for path in (*table.path, *table.nearest))
     assert found.excluded == 2
     assert unknown.label.tolist() == ["artefacts"] * 5
-    called = {str(other / name): own for own, name in NAMES.items()}
-    assert table.label.tolist() == [called[str(Path(path).parent)] for path in table.path]
+    own = {theirs: name for name, theirs in NAMES.items()}
+    assert table.label.tolist() == [own[Path(path).parent.name] for path in table.path]
     assert len(table) == result.metrics["n_images"] == len(paths) - 7
 
 
-def test_predictions_are_those_of_predict(scored, run):
-    """Images of known and of unknown classes alike, by the other way to a prediction."""
+def test_predictions_are_those_of_predict(scored, run, other):
+    """Images of known and of unknown classes alike, with the same columns and flags."""
     _, _, folder = scored
     predictor = Predictor.load(run, device="cpu")
-    for name in ("predictions.csv", "unknown.csv"):
-        table = pd.read_csv(folder / name)
-        again = predictor(table.path)
+    for name, more in (
+        ("predictions.csv", {"label", "photo", "loss"}),
+        ("unknown.csv", {"label", "photo"}),
+    ):
+        table = pd.read_csv(folder / name, keep_default_na=False)
+        again = predictor([other / path for path in table.path])
+        assert [column for column in table if column not in more] == list(again)
+        assert set(table) - set(again) == more
         assert table.predicted.tolist() == again.predicted.tolist()
+        assert table.flag.tolist() == again.flag.tolist()
         for column in ("confidence", "distance"):
             assert np.allclose(table[column], again[column], atol=2e-3)
-        assert (table.nearest == again.nearest).mean() > 0.9
+        assert (run.root / table.nearest[0]).is_file()
+        assert (table.nearest.map(lambda path: str(run.root / path)) == again.nearest).mean() > 0.9
 
 
 def test_a_class_without_images_leaves_the_means_alone(scored):
@@ -129,15 +138,15 @@ def test_the_page_says_first_what_it_is_of(scored):
     _, _, folder = scored
     page = (folder / "report" / "index.html").read_text()
     text = re.sub(r"\s+", " ", re.sub(r"<style>.*</style>|<[^>]*>", "", page, flags=re.DOTALL))
-    first = text[: text.index("What was trained on what")]
+    first = text[: text.index("Model and data")]
     assert "mine on elsewhere" in first
     assert "Another data set" in first
     assert "EO as EOSINOPHIL" in first
-    assert "without a counterpart here: MONOCYTE" in first
+    assert "that the data set lacks: MONOCYTE" in first
     assert "does not know: artefacts. Their 5 images" in first
     assert "Left out as trained on: 2 images" in first
     assert "Leakage" not in first
-    assert "External testing: on further data sets" in text
+    assert "External testing: on this data set only" in text
     assert "--data" in text
     shown = re.findall(r'data-metric="external\.(\w+)">([^<]*)<', page)
     found = json.loads((folder / "metrics.json").read_text())["external"]
@@ -180,19 +189,20 @@ def test_copies_of_a_photograph_trained_on_are_not_new(demo_table, tmp_path):
     here = demo_table[demo_table.photo.isin(photos[:2])]
     training, rest = here[::2], demo_table.drop(here[::2].index)
     assert set(training.photo) == set(photos[:2]) == set(here[1::2].photo)
-    seen = external.seen_in_training(rest.assign(photo=rest.path), training.path)
-    assert not seen.any()  # nobody has said which photograph they are of
+    digests, unknown = rest.path.map(digest), rest.assign(photo="")
+    seen = external.seen_in_training(unknown, digests, training.path)
+    assert not seen.any()  # it is not known which photograph they are of
 
     table = tmp_path / "known.csv.xz"
     rows = demo_table.assign(original=demo_table.photo, inliers=9, margin=9)
     write_known_photos(rows, table)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(external, "known_photos", partial(known_photos, table=table))
-        seen = external.seen_in_training(rest.assign(photo=rest.path), training.path)
+        seen = external.seen_in_training(unknown, digests, training.path)
     assert (seen == rest.photo.isin(photos[:2])).all()
 
 
-def test_lost_training_images_are_told(trained, other, tmp_path):
+def test_lost_training_images_are_reported(trained, other, tmp_path):
     run = Run(shutil.copytree(trained.path, tmp_path / "moved"))
     table = (run.path / "split.csv").read_text()
     (run.path / "split.csv").write_text(table.replace(".jpeg", ".gone"))
@@ -201,6 +211,27 @@ def test_lost_training_images_are_told(trained, other, tmp_path):
     assert found.excluded == 0
     assert result.leakage is None
     assert "NOT CHECKED" in (folder / "report" / "index.html").read_text()
+
+
+def test_each_file_is_hashed_once(run, demo_table, tmp_path, monkeypatch):
+    for label, rows in demo_table.groupby("label"):
+        (tmp_path / label).mkdir()
+        for path in rows.path[:3]:
+            shutil.copy(path, tmp_path / label)
+    hashed, blake2b = [], duplicates.hashlib.blake2b
+    monkeypatch.setattr(
+        duplicates.hashlib, "blake2b", lambda *args, **kw: hashed.append(1) or blake2b(*args, **kw)
+    )
+    found = external.open_external(run, read_folder(tmp_path))
+    in_run = len(run.table)
+    assert 12 <= len(hashed) <= 12 + in_run  # those of the run may have been hashed before
+    external.open_external(run, read_folder(tmp_path))
+    assert len(hashed) <= 12 + in_run
+    changed = Path(found.table.path[0])
+    changed.write_bytes(changed.read_bytes() + b"more")
+    before = len(hashed)
+    external.open_external(run, read_folder(tmp_path))
+    assert len(hashed) == before + 1
 
 
 def test_one_subset_alone(run, demo):
@@ -221,14 +252,14 @@ def test_images_of_training_alone_score_nothing(run, tmp_path):
         external.open_external(run, read_folder(tmp_path))
 
 
-def test_what_comes_with_the_package_is_tried_on_other_data(
+def test_the_pretrained_model_is_scored_on_other_data(
     shipped, trained, demo, tmp_path, monkeypatch
 ):
-    """Its training images are not here to compare with, and its folder is left as it was."""
+    """Its training images are not here to compare with, and its folder is not changed."""
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in shipped.rglob("*")}
     _, found, folder = interpret_external(Run(shipped), demo)
-    assert folder == Path("pbc") / "on" / demo.root.name
+    assert folder == Path("runs") / "pbc" / "on" / demo.root.name
     assert (folder / "report" / "index.html").is_file()
     assert found.unchecked == (trained.table.part == "train").sum()
     assert {path: path.stat().st_mtime_ns for path in shipped.rglob("*")} == before

@@ -1,10 +1,9 @@
-"""``bloodcell interpret --stress``: how a model bears another stain, camera and magnification.
+"""Robustness to corruptions: accuracy under another stain, camera and magnification.
 
 After ImageNet-C (Hendrycks and Dietterich 2019, "Benchmarking neural network robustness to common
 corruptions and perturbations"): each kind of corruption at five fixed strengths, and accuracy
-relative to that on the same images untouched. The settings are those of microscopes and cameras,
-which vary less than the web's pictures do. A corruption is made to the picture file, before the
-white cell is looked for, so that the finder of the cell is put to the test too.
+relative to that on the same images uncorrupted. A corruption is applied to the whole image, before
+it is cropped, so that the crop is tested too.
 """
 
 import math
@@ -17,27 +16,27 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from fastai.vision.all import Learner, ProgressCallback
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..data.augmentation import DYES, restain
-from ..data.framing import DARK, find_nucleus
-from ..data.pixels import Change, Pixels
-from ..errors import BloodcellError
+from ..data.augment import DYES, restain
+from ..data.cache import Change, ImageReader
+from ..data.crop import DARK, find_nucleus
+from ..data.splits import photo_groups
+from ..errors import DataError
 from ..files import read_table, write_table
+from ..model.calibration import reference_table
+from ..model.inference import Predictor
+from ..model.runs import Run
 from ..reporter import Progress, no_progress
-from ..training.calibration import predict_with_features, reference_table
-from ..training.callbacks import RichProgress
-from ..training.runs import Run
-from .evaluation import bootstrap_ci
+from .metrics import bootstrap_ci
 
-STRESS_IMAGES = 500  # a corruption takes as long as predicting them: 41 times in all
+ROBUSTNESS_IMAGES = 500  # a corruption takes as long as predicting them: 41 times in all
 CLEAN = "clean"
 SMOOTH = InterpolationMode.BILINEAR
 NUMBERS = ["strength", "setting", "n_images", "n_photos"]
-SHARES = ["accuracy", "accuracy_low", "accuracy_high", "relative_accuracy"]
+FRACTIONS = ["accuracy", "accuracy_low", "accuracy_high", "relative_accuracy"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Corruption:
         kind: its name.
         unit: of the settings.
         settings: one for each strength, the weakest first.
-        change: makes it to a picture, RGB, at a setting; what is random comes from the generator.
+        change: makes it to an image, RGB, at a setting; what is random comes from the generator.
     """
 
     kind: str
@@ -57,19 +56,21 @@ class Corruption:
     change: Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
     def __call__(self, image: Image.Image, setting: float) -> Image.Image:
-        """A picture, RGB, corrupted; of the same size.
+        """An image, RGB, corrupted; of the same size.
 
-        What is random is drawn anew for every picture, from a seed that is in its pixels: the
-        same picture comes out the same, in whichever order and thread.
+        What is random is drawn anew for every image, from a seed that is in its pixels: the
+        same image comes out the same, in whichever order and thread.
         """
         return self.change(image, setting, np.random.default_rng(zlib.crc32(image.tobytes())))
 
 
-def stress_images(table: pd.DataFrame, n: int = STRESS_IMAGES, seed: int = 42) -> pd.DataFrame:
+def robustness_images(
+    table: pd.DataFrame, n: int = ROBUSTNESS_IMAGES, seed: int = 42
+) -> pd.DataFrame:
     """Choose the validation images to corrupt.
 
     Every class gives as many as the others, while it has some, and every photograph of a class
-    as many copies as the others: of 500 images as many show different photographs as can be.
+    as many copies as the others.
 
     Args:
         table: image table with ``part``.
@@ -80,91 +81,92 @@ def stress_images(table: pd.DataFrame, n: int = STRESS_IMAGES, seed: int = 42) -
         ``path``, ``label`` and ``photo`` of up to ``n`` images.
 
     Examples:
-        >>> from bloodcell_fastai import Run, stress_images
-        >>> chosen = stress_images(Run.open("mine").table, n=8)
+        >>> from bloodcell_fastai import Run, robustness_images
+        >>> chosen = robustness_images(Run.open("mine").table, n=8)
         >>> chosen.label.value_counts().to_dict() == dict.fromkeys(chosen.label, 2)
         True
     """
     return reference_table(table[table.part == "valid"], n, seed)
 
 
-def stress_test(
-    learn: Learner, images: pd.DataFrame, progress: Progress = no_progress
+def measure_robustness(
+    predictor: Predictor, images: pd.DataFrame, progress: Progress = no_progress
 ) -> pd.DataFrame:
-    """Accuracy on images that are corrupted in every way, at every strength.
+    """Accuracy on images with every kind of corruption, at every strength.
 
-    The images are decoded for each corruption anew: the network takes about forty times as long
-    as that, and hundreds of photographs need not be held in memory.
+    The images are decoded for each corruption anew: the network takes about forty times as long.
 
     Args:
-        learn: a trained learner whose batches come from :func:`~bloodcell_fastai.blood_dls`.
-        images: with ``path``, ``label`` and ``photo``, such as :func:`stress_images` chooses.
+        predictor: of a trained model.
+        images: with ``path``, ``label`` and ``photo``, such as :func:`robustness_images` chooses.
         progress: told how far it has come.
 
     Returns:
-        A row for the untouched images, whose ``kind`` is ``clean`` and ``strength`` 0, and one
+        A row for the uncorrupted images, whose ``kind`` is ``clean`` and ``strength`` 0, and one
         per corruption: ``kind``, ``strength`` (1 to 5), ``setting`` in ``unit``, ``n_images``,
         ``n_photos``, ``accuracy``, its 95 % interval by photograph from ``accuracy_low`` to
-        ``accuracy_high``, and ``relative_accuracy``, the share of the clean accuracy that is
+        ``accuracy_high``, and ``relative_accuracy``, the fraction of the clean accuracy that is
         left; NaN where there was none.
 
     Raises:
         BloodcellError: an image cannot be read.
 
     Examples:
-        >>> from bloodcell_fastai import Run, load_learner, stress_images, stress_test
+        >>> from bloodcell_fastai import Predictor, Run, measure_robustness, robustness_images
         >>> run = Run.open("mine")
-        >>> table = stress_test(load_learner(run), stress_images(run.table, n=4))
+        >>> table = measure_robustness(Predictor.load(run), robustness_images(run.table, n=4))
         >>> len(table), list(table.kind.unique())[:3]
         (41, ['clean', 'stain', 'brightness'])
     """
     tasks: list[tuple[str, int, float, str, Change | None]] = [(CLEAN, 0, 0.0, "", None)]
-    for corruption in CORRUPTIONS:
-        for strength, setting in enumerate(corruption.settings, start=1):
-            corrupt = partial(corruption, setting=setting)
-            tasks.append((corruption.kind, strength, setting, corruption.unit, corrupt))
+    tasks += [
+        (corruption.kind, strength, setting, corruption.unit, partial(corruption, setting=setting))
+        for corruption in CORRUPTIONS
+        for strength, setting in enumerate(corruption.settings, start=1)
+    ]
     rows: list[tuple] = []
-    bars = [bar for bar in learn.cbs if isinstance(bar, RichProgress | ProgressCallback)]
-    with learn.removed_cbs(bars):  # which would show a bar of their own for every corruption
-        for kind, strength, setting, unit, change in tasks:
-            progress("Stress test", len(rows), len(tasks))
-            correct = _predict(learn, images, change) == images.label.to_numpy()
-            score = float(correct.mean()), *bootstrap_ci(correct, images.photo)
-            counts = len(images), images.photo.nunique()
-            rows.append((kind, strength, setting, unit, *counts, *score))
-    progress("Stress test", len(tasks), len(tasks))
-    columns = ["kind", "strength", "setting", "unit", *NUMBERS[2:], *SHARES[:3]]
+    photos = photo_groups(images)
+    for kind, strength, setting, unit, change in tasks:
+        progress("Robustness", len(rows), len(tasks))
+        reader = ImageReader(predictor.size, predictor.crop, change=change)
+        predicted = predictor.predict_all(images.path, reader).table.predicted
+        correct = predicted.to_numpy() == images.label.to_numpy()
+        score = float(correct.mean()), *bootstrap_ci(correct, photos)
+        rows.append((kind, strength, setting, unit, len(images), photos.nunique(), *score))
+    progress("Robustness", len(tasks), len(tasks))
+    columns = ["kind", "strength", "setting", "unit", *NUMBERS[2:], *FRACTIONS[:3]]
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(relative_accuracy=table.accuracy / (table.accuracy[0] or np.nan))
 
 
-def write_stress(run: Run, table: pd.DataFrame) -> None:
-    """Write the table of :func:`stress_test` as ``stress.csv`` of a run."""
-    write_table(run.path / "stress.csv", table)
+def write_robustness(run: Run, table: pd.DataFrame) -> None:
+    """Write the table of :func:`measure_robustness` as ``robustness.csv`` of a run."""
+    write_table(run.path / "robustness.csv", table)
 
 
-def read_stress(run: Run) -> pd.DataFrame | None:
-    """What :func:`write_stress` wrote for the model that the run has; None if nothing.
+def read_robustness(run: Run) -> pd.DataFrame | None:
+    """What :func:`write_robustness` wrote for the model that the run has; None if nothing.
 
     Raises:
         BloodcellError: it was edited into something else.
     """
-    path, hint = run.path / "stress.csv", f"Make it anew: bloodcell interpret {run.name} --stress"
+    path = run.path / "robustness.csv"
+    hint = f"Make it anew: bloodcell interpret {run.name} --stress"
     if not path.is_file():
         return None
-    table = read_table(path, ["kind", "unit"], [*NUMBERS, *SHARES], hint)
-    shares, strengths = table[SHARES[:3]].to_numpy(float), table.strength.tolist()
+    table = read_table(path, ["kind", "unit"], [*NUMBERS, *FRACTIONS], hint)
+    fractions, strengths = table[FRACTIONS[:3]].to_numpy(float), table.strength.tolist()
     expected = [0] + [n for c in CORRUPTIONS for n in range(1, len(c.settings) + 1)]
-    if strengths != expected or not ((shares >= 0) & (shares <= 1)).all():
-        raise BloodcellError(f"{path} is no table of a stress test.", hint)
+    if strengths != expected or not ((fractions >= 0) & (fractions <= 1)).all():
+        raise DataError(f"{path} is no table of robustness.", hint)
     return table
 
 
-def stress_metrics(table: pd.DataFrame) -> dict:
-    """What ``metrics.json`` holds of a table of :func:`stress_test`.
+def robustness_metrics(table: pd.DataFrame) -> dict:
+    """What ``metrics.json`` holds of a table of :func:`measure_robustness`.
 
     Returns:
-        ``n_images`` and ``n_photos``; ``accuracy`` and ``accuracy_ci95`` of the untouched images;
+        ``n_images`` and ``n_photos``; ``accuracy`` and ``accuracy_ci95`` of the uncorrupted images;
         ``relative_accuracy``, the mean over all corruptions, and in ``kinds`` that of each kind.
         Relative accuracies are None where the clean accuracy is 0.
     """
@@ -176,29 +178,21 @@ def stress_metrics(table: pd.DataFrame) -> dict:
         "accuracy": float(clean.accuracy),
         "accuracy_ci95": [float(clean.accuracy_low), float(clean.accuracy_high)],
         "relative_accuracy": _number(corrupted.relative_accuracy.mean()),
-        "kinds": {kind: _number(share) for kind, share in relative.items()},
+        "kinds": {kind: _number(value) for kind, value in relative.items()},
     }
 
 
-def describe_stress(table: pd.DataFrame) -> str:
-    """A table of :func:`stress_test` as lines of text."""
-    metrics = stress_metrics(table)
+def describe_robustness(table: pd.DataFrame) -> str:
+    """A table of :func:`measure_robustness` as lines of text."""
+    metrics = robustness_metrics(table)
     lines = [
-        f"Under stress, {metrics['n_images']:,} images of {metrics['n_photos']:,} photographs",
-        f"  {CLEAN:<12} {metrics['accuracy']:>8.2%}  of them right",
+        f"Robustness, {metrics['n_images']:,} images of {metrics['n_photos']:,} photographs",
+        f"  {CLEAN:<12} {metrics['accuracy']:>8.2%}  accuracy",
     ]
     if metrics["relative_accuracy"] is not None:
-        for kind, share in (metrics["kinds"] | {"mean": metrics["relative_accuracy"]}).items():
-            lines.append(f"  {kind:<12} {share:>8.2%}  of that accuracy left")
+        for kind, value in (metrics["kinds"] | {"mean": metrics["relative_accuracy"]}).items():
+            lines.append(f"  {kind:<12} {value:>8.2%}  of that accuracy")
     return "\n".join(lines)
-
-
-def _predict(learn: Learner, images: pd.DataFrame, change: Callable | None) -> np.ndarray:
-    """The predicted class of each image."""
-    usual = learn.dls.valid.pixels
-    pixels = Pixels(usual.size, usual.crop, usual.threads, change=change)
-    logits, _, _ = predict_with_features(learn, learn.dls.test_dl(images, pixels=pixels))
-    return np.array(learn.dls.vocab)[logits.argmax(axis=1)]
 
 
 def _number(value: float) -> float | None:
@@ -256,21 +250,21 @@ def _rotation(image: Image.Image, degrees: float, rng: np.random.Generator) -> I
 
 
 def _turned(image: Image.Image, degrees: float, factor: float) -> Image.Image:
-    """Turned and enlarged about the white cell, which a person would keep in view.
+    """Turned and enlarged about the white cell.
 
-    About the middle of the frame one cell in ten would leave it, and be missed for that.
+    About the middle of the image one cell in ten would leave it.
     """
     nucleus = find_nucleus(np.asarray(image))
     centre = [nucleus.x, nucleus.y] if nucleus else None
     fill = _background(image)
-    if factor < 1:  # what is too fine for the smaller picture
+    if factor < 1:  # what is too fine for the smaller image
         sigma = (1 / factor - 1) / 2
         image = Image.fromarray(cv2.GaussianBlur(np.asarray(image), (0, 0), sigma))
     return tv.affine(image, degrees, [0, 0], factor, [0, 0], SMOOTH, fill, centre)
 
 
 def _background(image: Image.Image) -> list[float]:
-    """The colour of the empty slide, 0 to 255, which also fills what a picture does not cover:
+    """The colour of the empty slide, 0 to 255, which also fills what an image does not cover:
     black would imitate the corners that copies of the Kaggle set have, and a mirror would double
     cells."""
     return np.maximum(np.percentile(np.asarray(image), 90, axis=(0, 1)), 1).tolist()

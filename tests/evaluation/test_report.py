@@ -1,39 +1,41 @@
 import json
 import re
 import shlex
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from typer.main import get_command
 
-from bloodcell_fastai import Config, Run, interpret_run, split_table
-from bloodcell_fastai.analysis.evaluation import prediction_table
-from bloodcell_fastai.analysis.interpretation import Interpretation, write_results
-from bloodcell_fastai.analysis.report import (
+from bloodcell_fastai import Config, Predictor, Run, interpret_run, train
+from bloodcell_fastai.config import ResolvedConfig, fit_command
+from bloodcell_fastai.errors import BloodcellError
+from bloodcell_fastai.evaluation import report
+from bloodcell_fastai.evaluation.explain import NoHeatMap
+from bloodcell_fastai.evaluation.interpretation import read_results, write_results
+from bloodcell_fastai.evaluation.metrics import Evaluation, labelled_predictions
+from bloodcell_fastai.evaluation.report import (
     DASH,
     GALLERY,
     fingerprint,
-    fit_command,
     percent,
     render_report,
+    reproduce_command,
 )
-from bloodcell_fastai.cli import app
-from bloodcell_fastai.training.fit import make_learner, resolve
+from bloodcell_fastai.reporter import SilentReporter
 
 SECTIONS = [
-    "what",
-    "headline",
-    "curves",
+    "data",
+    "results",
+    "training",
     "matrix",
     "classes",
     "calibration",
-    "worst",
+    "coverage",
+    "losses",
     "use",
-    "again",
+    "reproduce",
 ]
 HISTORY = [
     {"train_loss": 1.5, "train_accuracy": 0.3, "valid_loss": 1.4, "valid_accuracy": 0.35},
@@ -42,24 +44,12 @@ HISTORY = [
 
 
 @pytest.fixture(scope="module")
-def run(demo, demo_table, tmp_path_factory) -> Run:
-    """A run interpreted for real; that its model is untrained makes no difference to the page."""
-    config = Config(
-        data=str(demo.root),
-        arch="resnet18",
-        weights="none",
-        size=64,
-        batch_size=16,
-        epochs=2,
-        workers=0,
-        device="cpu",
-        warnings=("DEMO DATA: drawn by code, not photographed.",),
-    )
-    table = split_table(demo_table, "photo")
-    learn = make_learner(config, table)
-    run = Run(tmp_path_factory.mktemp("runs") / "reported")
-    run.start(resolve(config, learn), table)
-    run.save_model(learn)
+def run(demo_root, tmp_path_factory) -> Run:
+    """A run interpreted for real; it is hardly trained, which makes no difference to the page."""
+    config = Config(data=str(demo_root), arch="resnet18", weights="none", size=64, bs=16, epochs=1)
+    run = train(config, tmp_path_factory.mktemp("runs"), "reported", reporter=SilentReporter())
+    warning = "DEMO DATA: drawn by code, not photographed."
+    run.start(run.asked, run.config.changed(warnings=(warning,)), run.table)
     for epoch, row in enumerate(HISTORY, start=1):
         run.append_history({"epoch": epoch, **row, "lr": 1e-3, "seconds": 70})
     interpret_run(run)
@@ -115,7 +105,7 @@ def flatten(value, name="") -> dict:
 
 
 def assert_shows(shown: str, value) -> None:
-    """That a reader sees ``value``, as a share where the page shows a percentage."""
+    """That a reader sees ``value``, as a percentage where the page shows one."""
     if value is None:
         assert shown == DASH
         return
@@ -141,17 +131,24 @@ def assert_agrees(figures: dict[str, str], run: Run) -> None:
     assert wanted <= figures.keys()
 
 
-def make_result(labels: list[str], classes: tuple[str, ...], paths=None, photos=None, leakage=None):
+def make_result(labels: list[str], classes: tuple[str, ...], paths=None, photos="", leakage=None):
     paths = paths or [f"/data/{i}.jpg" for i in range(len(labels))]
-    table = pd.DataFrame({"path": paths, "label": labels, "photo": photos or paths})
+    table = pd.DataFrame({"path": paths, "label": labels, "photo": photos})
     probabilities = np.random.default_rng(0).dirichlet(np.ones(len(classes)), len(labels))
-    return Interpretation(prediction_table(table, probabilities, classes), classes, leakage)
+    predicted = pd.DataFrame(probabilities, columns=[f"p_{name}" for name in classes])
+    predicted.insert(0, "path", paths)
+    predicted.insert(1, "predicted", np.array(classes)[probabilities.argmax(axis=1)])
+    predicted.insert(2, "confidence", probabilities.max(axis=1))
+    predicted.insert(3, "flag", "")
+    return Evaluation(labelled_predictions(table, predicted), classes, leakage)
 
 
-def make_run(path, result, **options) -> Run:
+def make_run(path, result, asked=None, **resolved) -> Run:
     """A run of these predictions that has nothing but its options and its table."""
     run, table = Run(path), result.predictions[["path", "label", "photo"]]
-    run.start(Config(data="/data", **options), table.assign(subset="", part="valid"))
+    asked = asked or Config()
+    config = ResolvedConfig(**asked.model_dump() | {"data": "/data"} | resolved)
+    run.start(asked, config, table.assign(subset="", part="valid"))
     return run
 
 
@@ -164,11 +161,11 @@ def test_the_sections_come_in_their_order(page):
 
 
 def test_warnings_and_leakage_stand_before_everything_else(page):
-    first = page.text[: page.text.index("What was trained on what")]
+    first = " ".join(page.text[: page.text.index("Model and data")].split())
     assert "DEMO DATA: drawn by code" in first
     assert "RANDOM WEIGHTS" in first
-    assert "no validation image has a copy of its photograph in training" in " ".join(first.split())
-    assert "no medical device" in first
+    assert "no validation image has a copy of its photograph in training" in first
+    assert "Not a medical device" in first
 
 
 def test_it_is_one_file(page, run):
@@ -177,7 +174,7 @@ def test_it_is_one_file(page, run):
     assert (run.report / "index.html").stat().st_size < 4e6
 
 
-def test_the_worst_images_are_shown_with_what_is_known_of_them(page, run):
+def test_the_largest_losses_are_shown_with_what_is_known_of_them(page, run):
     pictures = [address for address in page.addresses if address.startswith("data:image/jpeg")]
     predictions = pd.read_csv(run.path / "predictions.csv")
     shown = min(GALLERY, predictions.photo.nunique())
@@ -185,20 +182,43 @@ def test_the_worst_images_are_shown_with_what_is_known_of_them(page, run):
     assert len({*pictures[::3], *pictures[1::3]}) == 2 * shown
     assert all(page.alts)
     worst = predictions.sort_values("loss").iloc[-1]
-    data = run.config.data
     for name in ("path", "nearest"):
-        assert worst[name].removeprefix(f"{data}/") in page.text
-        assert worst[name] not in page.text
+        assert worst[name] in page.text
+        assert str(run.root / worst[name]) not in page.text
     assert f"{worst.loss:.2f}" in page.text
     assert percent(worst.confidence) in page.text
 
 
-def test_it_tells_how_to_run_it_again(page, run):
-    config = run.config
-    assert fit_command(config) in page.text
-    assert all(version in page.text for version in config.versions)
-    assert fingerprint(run.table, config.data) in page.text
-    assert "2 epochs in 2 min; kept epoch 2: training accuracy 50.0" in " ".join(page.text.split())
+def test_it_tells_how_to_reproduce_it(page, run):
+    assert reproduce_command(run) in page.text
+    assert run.config.versions and all(version in page.text for version in run.config.versions)
+    assert fingerprint(run.relative(run.table)) in page.text
+    text = " ".join(page.text.split())
+    assert "2 epochs in 2 min; best epoch 2: training accuracy 50.0" in text
+    assert "deviceauto → cpu" in text and "bs16" in text  # asked and resolved
+
+
+def test_an_image_that_is_gone_has_no_heat_map(run):
+    result = read_results(run)
+    result.predictions.loc[result.predictions.loss.idxmax(), "path"] = "/gone.jpg"
+    page = Page(render_report(run, result, Predictor.load(run)))
+    assert page.text.count("cannot be read any more") == 2
+    shown = min(GALLERY, len(result.top_losses(GALLERY, one_per_photo=True)))
+    assert sum(alt.startswith("Heat map") for alt in page.alts) == shown - 1
+
+
+def test_a_model_without_spatial_features_has_no_heat_maps(run, monkeypatch):
+    def refuse(*args):
+        raise error
+
+    monkeypatch.setattr(report, "heat_maps", refuse)
+    error: BloodcellError = NoHeatMap("No.")
+    page = Page(render_report(run, read_results(run), Predictor.load(run)))
+    assert "resnet18 has no spatial features" in page.text
+    assert not any(alt.startswith("Heat map") for alt in page.alts)
+    error = BloodcellError("The model file is damaged.")
+    with pytest.raises(BloodcellError, match="is damaged"):
+        render_report(run, read_results(run), Predictor.load(run))
 
 
 def test_names_cannot_break_the_page(tmp_path):
@@ -208,15 +228,15 @@ def test_names_cannot_break_the_page(tmp_path):
     for path in paths:
         Image.new("RGB", (8, 6)).save(path)
     result = make_result(list(classes) * 2, classes, paths)
-    run = make_run(tmp_path / "run", result, warnings=("<b>bold</b>",))
+    run = make_run(tmp_path / "run", result, warnings=("<b>bold</b>",), versions=("<i>1",))
     write_results(run, result)
     page = Page((run.report / "index.html").read_text(encoding="utf-8"))
-    assert not re.search("<script|<b>bold|<img src=x", page.html)
-    for text in (*classes, "<b>bold</b>", *paths):
+    assert not re.search("<script|<b>bold|<i>1|<img src=x", page.html)
+    for text in (*classes, "<b>bold</b>", "<i>1", *paths):
         assert text in page.text
 
 
-def make_poor_run(path, count: int) -> tuple[Run, Interpretation]:
+def make_poor_run(path, count: int) -> tuple[Run, Evaluation]:
     """No history, photographs, calibration, versions or images, and a class of none."""
     classes = tuple(f"A_CLASS_WITH_A_VERY_LONG_NAME_{i}" for i in range(count))
     result = make_result([*classes[1:]] * 3, classes)
@@ -230,7 +250,7 @@ def test_a_run_of_which_little_is_known(tmp_path, count):
     assert page.headings == SECTIONS
     assert "no history" in page.text
     assert "cannot be read any more" in page.text  # there are no such images
-    assert "every image counts as its" in page.text
+    assert "every image counts as its own" in page.text
     assert "Leakage." in page.text and "leakage" not in page.metrics
     assert page.metrics[f"per_class.{classes[0]}.recall"] == DASH
     assert page.metrics[f"per_class.{classes[0]}.recall_ci95"] == DASH
@@ -240,52 +260,55 @@ def test_a_run_of_which_little_is_known(tmp_path, count):
 @pytest.mark.parametrize("leakage, word", [(0.0, "None"), (0.2, "20.0"), (1.0, "100.0")])
 def test_leakage_is_told_in_words_and_in_colour(tmp_path, leakage, word):
     result = make_result(["A", "B"] * 4, ("A", "B"), photos=list("aabbccdd"), leakage=leakage)
-    html = render_report(make_run(tmp_path, result, split="random"), result)
-    alert = re.search(r'<p class="([^"]*)" role="note"><strong>Leakage.*?</p>', html, re.S)
+    html = render_report(make_run(tmp_path, result, Config(split="random")), result)
+    alert = leakage_alert(html)
     assert word in alert[0]
     assert ("good" in alert[1]) == (leakage == 0)
     assert ("have a copy in training" in html) == (leakage > 0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Config(),
-        Config(data="/my data/it's", split="random", lr=3e-4, flip=False, label_smoothing=0.0),
-        Config(arch="resnet18", weights="/w/a b.safetensors", folds=5, epochs=3, mixup=0.4, seed=7),
-    ],
-)
-def test_the_command_asks_for_the_same_run(config):
-    """The command line reads from it what the config says."""
-    program, command, *words = shlex.split(fit_command(config))
-    assert (program, command) == ("bloodcell", "fit")
-    asked = get_command(app).commands["fit"].make_context("fit", words).params
-    asked |= {"lr": float(asked["lr"]), "data": asked["data"] or ""}
-    assert {name: value for name, value in asked.items() if name in vars(config)} == {
-        name: value for name, value in vars(config).items() if name in asked
-    }
+def test_how_many_photographs_are_known(tmp_path):
+    """One known photograph does not make all of them known."""
+    result = make_result(["A", "B"] * 4, ("A", "B"), photos=["a", *[""] * 7], leakage=0.0)
+    html = render_report(make_run(tmp_path, result), result)
+    page = Page(html)
+    assert page.metrics["n_known"] == "1" and page.metrics["n_photos"] == "8"
+    assert "1 of 8 images have a known photograph" in page.text
+    assert "the true intervals are wider" in page.text
+    alert = leakage_alert(html)
+    assert "only 1 of 8 images have a known photograph" in alert[0]
+    assert "good" not in alert[1]
 
 
-def test_the_command_names_the_weights_and_the_demo_it_came_to():
-    config = Config(data="/home/me/data/demo", weights_used="none", warnings=("DEMO DATA: drawn.",))
-    assert fit_command(config) == "bloodcell fit --data demo --weights none --epochs 20"
-    for used in ("imagenet (resnet18)", "pbc (blood cells)"):
-        pretrained = replace(config, weights_used=used, pretrained=True)
-        assert f"--weights {used.split()[0]} " in fit_command(pretrained)
+def leakage_alert(html: str) -> re.Match:
+    """The first lines' paragraph on leakage; its classes are the first group."""
+    found = re.search(r'<p class="([^"]*)" role="note"><strong>Leakage.*?</p>', html, re.S)
+    assert found
+    return found
 
 
-def test_the_fingerprint_is_that_of_the_data_alone(tmp_path):
-    def table(root, part="train"):
-        return pd.DataFrame(
-            {"path": [f"{root}/A/1.jpg", f"{root}/B/2.jpg"], "label": ["A", "B"], "part": part}
-        )
+def test_the_command_asks_for_the_same_run(tmp_path):
+    def command(asked: Config, path="run", **resolved) -> str:
+        return reproduce_command(make_run(tmp_path / path, result, asked, **resolved))
 
-    here = fingerprint(table("/here"), "/here")
+    result = make_result(["A", "B"], ("A", "B"))
+    asked = Config(data="/my data/it's", split="random", weights="/w/a b.safetensors")
+    words = shlex.split(command(asked, initial_weights="a b.safetensors", device="cpu", lr=0.5))
+    assert words == shlex.split(fit_command(asked))
+    for used in ("none", "imagenet (resnet18)", "pbc (blood cells)"):
+        assert f"--weights {used.split()[0]} " in command(Config(), initial_weights=used) + " "
+    assert "--data demo" in command(Config(), warnings=("DEMO DATA: drawn.",))
+    folds = Config(folds=2, epochs=3)
+    assert command(folds) == command(Config(epochs=3), "run/fold-1") == fit_command(folds)
+
+
+def test_the_fingerprint_is_that_of_the_data_alone():
+    table = pd.DataFrame({"path": ["A/1.jpg", "B/2.jpg"], "label": ["A", "B"], "part": "train"})
+    here = fingerprint(table)
     assert len(here) == 64
-    assert fingerprint(table("/there")[::-1], "/there") == here
-    assert fingerprint(table("/here", "valid"), "/here") != here
-    assert fingerprint(table("/here").assign(label="A"), "/here") != here
-    assert fingerprint(table("/here").assign(fold="1"), "/here") != here
+    assert fingerprint(table[::-1]) == here
+    for name, value in {"path": "C.jpg", "label": "A", "part": "valid", "fold": "1"}.items():
+        assert fingerprint(table.assign(**{name: value})) != here, name
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -1,19 +1,12 @@
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from bloodcell_fastai import BloodcellError, Config, Run, cross_validate, interpret_run
-from bloodcell_fastai.analysis.crossval import resume_folds
-
-
-class Silent:
-    def say(self, text):
-        pass
-
-    warn = say
-
-    def progress(self, what, done, total):
-        pass
+from bloodcell_fastai.evaluation.cross_validation import resume_folds
+from bloodcell_fastai.reporter import SilentReporter
 
 
 def make_config(root, **options) -> Config:
@@ -23,9 +16,8 @@ def make_config(root, **options) -> Config:
             "arch": "resnet18",
             "weights": "none",
             "size": 64,
-            "batch_size": 16,
+            "bs": 16,
             "epochs": 1,
-            "workers": 0,
             "device": "cpu",
             "folds": 3,
         }
@@ -35,8 +27,8 @@ def make_config(root, **options) -> Config:
 
 @pytest.mark.slow
 def test_every_image_is_predicted_once_by_a_model_that_has_not_seen_it(demo_root, tmp_path):
-    run = cross_validate(make_config(demo_root), tmp_path, "cv", reporter=Silent())
-    pooled = pd.read_csv(run.path / "predictions.csv")
+    run = cross_validate(make_config(demo_root), tmp_path, "cv", reporter=SilentReporter())
+    pooled = run.absolute(pd.read_csv(run.path / "predictions.csv"))
     table = run.table
     assert sorted(pooled.path) == sorted(table.path)
     assert table.groupby("photo").fold.nunique().eq(1).all()
@@ -66,6 +58,34 @@ def test_every_image_is_predicted_once_by_a_model_that_has_not_seen_it(demo_root
         resume_folds(run)
 
 
+class Killed(Exception):
+    pass
+
+
+class KilledAt(SilentReporter):
+    def __init__(self, words):
+        self.words = words
+
+    def say(self, text):
+        if text.startswith(self.words):
+            raise Killed
+
+
+@pytest.mark.slow
+def test_folds_are_resumed_where_the_images_are_now(demo_root, tmp_path):
+    data = shutil.copytree(demo_root, tmp_path / "data")
+    asked = make_config(data, folds=2, size=32, bs=64)
+    with pytest.raises(Killed):
+        cross_validate(asked, tmp_path, "cv", reporter=KilledAt("Fold 2"))
+    data.rename(tmp_path / "moved")
+    run = resume_folds(Run(tmp_path / "cv", tmp_path / "moved"), SilentReporter())
+    assert run.finished
+    assert run.asked == asked
+    assert [fold.history.epoch.tolist() for fold in (run.fold(1), run.fold(2))] == [[1], [1]]
+    assert run.config.classes == run.fold(2).config.classes
+    assert all(path.startswith(str(tmp_path / "moved")) for path in run.table.path)
+
+
 @pytest.mark.parametrize("options", [{"folds": 1}, {"folds": 3, "split": "random"}])
 def test_folds_that_make_no_sense(demo_root, options):
     with pytest.raises(BloodcellError, match="folds is"):
@@ -74,4 +94,4 @@ def test_folds_that_make_no_sense(demo_root, options):
 
 def test_more_folds_than_photographs(demo_root, tmp_path):
     with pytest.raises(BloodcellError, match="too few for 9 folds"):
-        cross_validate(make_config(demo_root, folds=9), tmp_path, "cv", reporter=Silent())
+        cross_validate(make_config(demo_root, folds=9), tmp_path, "cv", reporter=SilentReporter())

@@ -1,4 +1,4 @@
-"""``bloodcell audit``: which photograph each image is from, and how far each split leaks."""
+"""``bloodcell audit``: the photograph of each image, and the leakage of each split."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..config import SPLITS
-from ..data.dataset import Dataset, Progress, no_progress
-from ..data.provenance import (
+from ..data.datasets import Dataset
+from ..data.duplicates import (
     COLUMNS,
     digest,
     find_photos,
@@ -20,23 +20,25 @@ from ..data.provenance import (
     write_known_photos,
 )
 from ..data.splits import leakage, split_table
-from ..errors import BloodcellError
+from ..errors import BloodcellError, DataError
 from ..files import write_json, write_table
-from ..training.runs import Run
-from .figures import plot_siblings, save_figure
+from ..model.runs import Run, relative_to
+from ..reporter import Progress, no_progress
+from .figures import plot_copies, save_figure
 
 Pair = tuple[str, str]
-"""Paths of a training image and a validation image of one photograph."""
+"""Paths of a training and of a validation image, copies of one photograph."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What is known about the photographs behind a data set.
+    """The photographs of a data set.
 
     Attributes:
-        table: the image table with ``photo`` (the field: photographs that overlap count as
-            one), ``original`` (the photograph itself), ``inliers`` and ``margin``.
-        splits: the table split in every way that is possible, by the name of the split.
+        table: image table with ``photo`` (the field: overlapping photographs count as one),
+            ``original`` (the photograph itself), ``inliers`` and ``margin``; see
+            :func:`~bloodcell_fastai.find_photos`.
+        splits: the split table of every possible split, by the name of the split.
         rebuilt: whether the photographs were found from the pixels just now.
     """
 
@@ -46,23 +48,17 @@ class Audit:
 
     @property
     def leakages(self) -> dict[str, float | None]:
-        """Per split the share of validation images with a sibling in training, 0 to 1.
-
-        None where the split is not possible. Never unknown: an audited image without a sibling
-        is known to have none.
-        """
-        return {
-            name: _leakage(self.splits[name]) if name in self.splits else None
-            for name in (*SPLITS, *(self.splits.keys() - set(SPLITS)))
-        }
+        """The proportion, 0 to 1, of the validation images of each split that have a copy of their
+        photograph in training; None where the split is not possible."""
+        names = dict.fromkeys([*SPLITS, *self.splits])
+        return {name: leakage(self.splits[name]) if name in self.splits else None for name in names}
 
     @cached_property
     def contradictions(self) -> list[dict]:
-        """Fields under more than one label, with ``photo``, images per ``labels``, and ``overlap``.
+        """The fields with more than one label, each with ``photo``, ``labels`` and ``overlap``.
 
-        ``overlap`` is the share, 0 to 1, of one photograph that another one of the other label
-        shows too, the largest there is: near 1 they are one cell under two labels, near 0 two
-        neighbours.
+        ``overlap`` is the largest proportion, 0 to 1, of a photograph that another one with another
+        label shows too: near 1 they show the same cell, near 0 neighbouring cells.
         """
         return [
             {
@@ -76,26 +72,22 @@ class Audit:
 
     @property
     def official_pairs(self) -> list[dict]:
-        """Fields on both sides of the official split, with the photographs on either side."""
+        """Fields in both parts of the official split, and the photographs in each part."""
         if "official" not in self.splits:
             return []
         table = self.splits["official"]
-        sides = {part: table[table.part == part] for part in ("train", "valid")}
-        shared = sorted(set(sides["train"].photo) & set(sides["valid"].photo))
+        names = table[table.part != ""].groupby(["photo", "part"]).original.unique().unstack()
+        shared = names.reindex(columns=["train", "valid"]).dropna()
         return [
-            {"photo": photo}
-            | {
-                part: sorted(set(side.original[side.photo == photo]))
-                for part, side in sides.items()
-            }
-            for photo in shared
+            {"photo": photo, "train": sorted(train), "valid": sorted(valid)}
+            for photo, train, valid in shared.itertuples()
         ]
 
     @property
     def summary(self) -> dict:
         """What ``audit.json`` holds."""
         copies = self.table.groupby("original").size()
-        digests = pd.Series([digest(Path(path)) for path in self.table.path])
+        digests = self.table.path.map(digest)
         return {
             "n_images": len(self.table),
             "n_photographs": int(self.table.original.nunique()),
@@ -119,19 +111,20 @@ def audit(
     run: Run | None = None,
     progress: Progress = no_progress,
 ) -> Audit:
-    """Find the photograph of every image and see how each split shares them.
+    """Find the photograph of every image and measure the leakage of every split.
 
     Args:
-        dataset: any data set; its originals are used where it has them.
-        rebuild: find them from the pixels even where the images are known.
-        run: a run whose split is looked at too.
+        dataset: any data set; its originals are used if it has them.
+        rebuild: find the photographs from the pixels even if the images are those of Kaggle's set.
+        run: a run of this data set, whose split is measured too.
         progress: told how far the search has come.
 
     Returns:
-        The photographs, and the table split in every way that is possible.
+        The photographs, and the table split in every possible way.
 
     Raises:
-        BloodcellError: there are more images than can be compared, see :func:`find_photos`.
+        BloodcellError: there are more images than can be compared, see
+            :func:`~bloodcell_fastai.find_photos`; the run is of another data set.
 
     Examples:
         >>> from bloodcell_fastai import audit, make_demo, open_dataset
@@ -140,13 +133,11 @@ def audit(
         ['photo', 'official', 'random']
         >>> result.leakages["photo"]
         0.0
-        >>> result.leakages["official"] > 0  # TRAIN and TEST share a field
+        >>> result.leakages["official"] > 0  # TRAIN and TEST have a field in common
         True
     """
-    known = None if rebuild else known_photos(dataset.table.path)
-    rebuilt = False
-    if known is None or len(known) < len(dataset.table):
-        rebuilt = True
+    known = known_photos(dataset.table.path)
+    if rebuilt := rebuild or len(known) < len(dataset.table):
         known = find_photos(
             dataset.table.path,
             dataset.originals,
@@ -155,37 +146,34 @@ def audit(
     table = dataset.table.drop(columns="photo").merge(known[COLUMNS], on="path", how="left")
     splits = dict(_possible_splits(table))
     if run is not None:
-        splits[f"run {run.name}"] = _split_of(run, table)
+        splits[f"run {run.name}"] = _split_of(run, table, dataset.root)
     return Audit(table, splits, rebuilt)
 
 
 def write_audit(result: Audit, out: Path, root: Path) -> list[Path]:
-    """Write ``photos.csv``, ``audit.json`` and the pictures into ``out``; return what was written.
+    """Write ``photos.csv``, ``audit.json`` and the figures into ``out``; return what was written.
 
-    The paths in ``photos.csv`` are relative to ``root``, so that the file can lie in the data
-    set's folder, where ``bloodcell fit`` finds it.
+    The paths in ``photos.csv`` are relative to ``root``: put into the data set's folder, it is
+    read by ``bloodcell fit``.
     """
-    photos = result.table[["path", "photo"]].assign(
-        path=[Path(path).relative_to(root).as_posix() for path in result.table.path]
-    )
-    write_table(out / "photos.csv", photos)
+    write_table(out / "photos.csv", relative_to(result.table[["path", "photo"]], root))
     write_json(out / "audit.json", result.summary)
     written = [out / "photos.csv", out / "audit.json"]
-    if result.rebuilt:  # in the form of the table that ships for Kaggle's set
+    if result.rebuilt:  # the format of the table of Kaggle's set that ships with the package
         write_known_photos(result.table, out / "known_photos.csv.xz")
         written.append(out / "known_photos.csv.xz")
     for name, pairs in (
-        ("siblings-random", sibling_pairs(result.splits.get("random"))),
-        ("siblings-official", official_pair_images(result)),
+        ("copies-random", copy_pairs(result.splits.get("random"))),
+        ("copies-official", official_pair_images(result)),
     ):
         if pairs:
-            save_figure(plot_siblings(pairs), out / f"{name}.png")
+            save_figure(plot_copies(pairs), out / f"{name}.png")
             written.append(out / f"{name}.png")
     return written
 
 
-def sibling_pairs(table: pd.DataFrame | None, per_class: int = 1) -> list[Pair]:
-    """For some validation images of each class a training image of the same photograph."""
+def copy_pairs(table: pd.DataFrame | None, per_class: int = 1) -> list[Pair]:
+    """For some validation images of each class a copy of the same photograph in training."""
     if table is None:
         return []
     train = table[table.part == "train"].drop_duplicates("original").set_index("original").path
@@ -195,11 +183,8 @@ def sibling_pairs(table: pd.DataFrame | None, per_class: int = 1) -> list[Pair]:
 
 
 def official_pair_images(result: Audit, at_most: int = 6) -> list[Pair]:
-    """An image of either side for the fields that the official split shares.
-
-    Of each photograph the copy with the most inliers stands for it; of a field's photographs
-    those two are shown that have most in common.
-    """
+    """A training and a validation image for each field in both parts of the official split: of
+    the copies with the most inliers the two with the most matching features."""
     if not result.official_pairs:
         return []
     table = result.splits["official"].sort_values("inliers", ascending=False)
@@ -208,54 +193,42 @@ def official_pair_images(result: Audit, at_most: int = 6) -> list[Pair]:
     for pair in result.official_pairs[:at_most]:
         field = best[best.photo == pair["photo"]]
         sides = [field.path[field.part == part] for part in ("train", "valid")]
-        pairs.append(max(product(*sides), key=_matches))
+        pairs.append(max(product(*sides), key=lambda sides: len(match_pair(*sides)[0])))
     return pairs
 
 
-def _matches(pair: Pair) -> int:
-    return len(match_pair(Path(pair[0]), Path(pair[1]))[0])
-
-
 def describe_audit(result: Audit) -> str:
-    """The verdict as lines of text."""
+    """The result as lines of text."""
     summary = result.summary
     copies = summary["copies_per_photograph"]
     per_class = summary["photographs_per_class"]
     lines = [
         f"{summary['n_images']:,} images of {summary['n_photographs']:,} photographs "
         f"({', '.join(f'{label} {count}' for label, count in per_class.items())})",
-        f"{summary['n_fields']:,} independent fields: photographs that overlap count as one",
-        f"{copies['min']} to {copies['max']} copies per photograph, {copies['median']:.0f} at the "
-        "median",
-        f"{summary['exact_duplicates']:,} files are byte for byte another one",
+        f"{summary['n_fields']:,} independent fields (overlapping photographs count as one)",
+        f"{copies['min']} to {copies['max']} copies per photograph, median {copies['median']:.0f}",
+        f"{summary['exact_duplicates']:,} exact duplicates (files with the same bytes)",
     ]
     for found in summary["contradictory_labels"]:
         labels = ", ".join(f"{label} ({n} images)" for label, n in found["labels"].items())
         lines.append(
-            f"One field under two labels: {found['photo']} is {labels}; "
-            f"they overlap by {found['overlap']:.0%}"
+            f"Contradictory labels of field {found['photo']}: {labels}; the photographs overlap "
+            f"by {found['overlap']:.0%}"
         )
-    lines.append("Leakage, the share of validation images whose photograph is also in training:")
-    for name, share in summary["leakage"].items():
-        lines.append(f"  {name:<10} {'not possible here' if share is None else f'{share:.1%}'}")
+    lines.append("Leakage: validation images with a copy of their photograph in training")
+    for name, value in summary["leakage"].items():
+        lines.append(f"  {name:<10} {'split not possible' if value is None else f'{value:.1%}'}")
     for pair in summary["official_pairs"]:
         lines.append(f"  official: {' '.join(pair['train'])} | {' '.join(pair['valid'])}")
     return "\n".join(lines)
 
 
 def _overlap_across_labels(field: pd.DataFrame) -> float:
-    """The largest overlap of two photographs of one field under different labels.
-
-    Each is judged by the copy that matches it best, which shows nearly all of it.
-    """
+    """The largest overlap, 0 to 1, of two photographs of one field with different labels, each
+    represented by its copy with the most inliers, which shows nearly all of it."""
     best = field.sort_values("inliers", ascending=False).drop_duplicates(["original", "label"])
     pairs = combinations(best.itertuples(), 2)
-    return max(overlap(Path(a.path), Path(b.path)) for a, b in pairs if a.label != b.label)
-
-
-def _leakage(table: pd.DataFrame) -> float:
-    """As :func:`leakage`, where a table in which every image stands alone leaks nothing."""
-    return leakage(table) or 0.0
+    return max(overlap(a.path, b.path) for a, b in pairs if a.label != b.label)
 
 
 def _possible_splits(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -266,6 +239,9 @@ def _possible_splits(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             continue  # such as official for a data set without folders of its own
 
 
-def _split_of(run: Run, table: pd.DataFrame) -> pd.DataFrame:
-    parts = run.table.set_index("path").part
-    return table.assign(part=table.path.map(parts).fillna(""))
+def _split_of(run: Run, table: pd.DataFrame, root: Path) -> pd.DataFrame:
+    parts = Run(run.path, root).table.set_index("path").part
+    part = table.path.map(parts).fillna("")
+    if not (part == "valid").any():
+        raise DataError(f"Run {run.name} was not validated on images of {root}.", "Check `data`.")
+    return table.assign(part=part)

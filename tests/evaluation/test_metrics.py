@@ -5,19 +5,33 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, roc_auc_score
 
-from bloodcell_fastai.analysis import evaluation as module
-from bloodcell_fastai.analysis.evaluation import (
+from bloodcell_fastai.evaluation import metrics as module
+from bloodcell_fastai.evaluation.metrics import (
     Evaluation,
+    auroc_ci,
     bootstrap_ci,
-    calibration_error,
+    by_photo,
     class_intervals,
     coverage,
-    prediction_table,
+    labelled_predictions,
     resample_photos,
-    softmax,
 )
+from bloodcell_fastai.model.calibration import softmax
 
 CLASSES = ("A", "B", "C")
+
+
+def predict(table: pd.DataFrame, probabilities, classes=CLASSES) -> pd.DataFrame:
+    """The labelled predictions of an image table, as a predictor's would be."""
+    probabilities = np.asarray(probabilities)
+    predicted = {
+        "path": table.path,
+        "predicted": np.array(classes)[probabilities.argmax(1)],
+        "confidence": probabilities.max(1),
+        "flag": "",
+    }
+    predicted |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(classes)}
+    return labelled_predictions(table, pd.DataFrame(predicted))
 
 
 def make_evaluation(n_photos: int = 40, copies: int = 5, seed: int = 0) -> Evaluation:
@@ -35,7 +49,7 @@ def make_evaluation(n_photos: int = 40, copies: int = 5, seed: int = 0) -> Evalu
             "photo": np.repeat([f"p{i}" for i in range(n_photos)], copies),
         }
     )
-    return Evaluation(prediction_table(table, probabilities, CLASSES), CLASSES, 0.25)
+    return Evaluation(predict(table, probabilities), CLASSES, 0.25)
 
 
 def test_figures_agree_with_scikit_learn_and_with_each_other():
@@ -57,29 +71,46 @@ def test_figures_agree_with_scikit_learn_and_with_each_other():
         assert row["specificity"] == pytest.approx(1 - negatives[:, index].sum() / negatives.sum())
         assert 0.5 < row["auroc"] <= 1
     assert metrics["n_photos"] == 40
+    assert metrics["n_known"] == 200
     assert metrics["leakage"] == 0.25
     json.dumps(metrics, allow_nan=False)
 
 
-def test_prediction_table():
-    table = pd.DataFrame({"path": ["/1", "/2"], "label": ["B", "A"], "photo": ["x", "y"]})
-    made = prediction_table(table, np.array([[0.2, 0.8], [0.4, 0.6]]), ("A", "B"))
+def test_predictions_beside_their_labels():
+    table = pd.DataFrame({"path": ["/1", "/2", "/3"], "label": ["B", "A", "other"], "photo": "x"})
+    made = predict(table, [[0.2, 0.8], [0.4, 0.6], [0.5, 0.5]], ("A", "B"))
     assert made.columns.tolist() == [
-        *("path", "label", "predicted", "confidence", "loss", "photo", "p_A", "p_B")
+        *("path", "label", "predicted", "confidence", "loss", "photo", "flag", "p_A", "p_B")
     ]
-    assert made.predicted.tolist() == ["B", "B"]
-    assert made.loss.tolist() == pytest.approx([-np.log(0.8), -np.log(0.4)])
+    assert made.predicted.tolist() == ["B", "B", "A"]
+    assert made.loss[:2].tolist() == pytest.approx([-np.log(0.8), -np.log(0.4)])
+    assert np.isnan(made.loss[2])  # of no class of the model
+
+
+def test_images_without_a_known_photograph_count_one_each():
+    """Not as copies of one photograph of no name."""
+    table = pd.DataFrame({"path": list("1234"), "label": ["A", "A", "B", "B"]})
+    probabilities = [[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]]
+    for photo, n_known, n_photos in (("", 0, 4), (["x", "x", "", ""], 2, 3), (list("xxyy"), 4, 2)):
+        result = Evaluation(
+            predict(table.assign(photo=photo), probabilities, ("A", "B")), ("A", "B")
+        )
+        assert result.metrics["n_known"] == n_known
+        assert result.metrics["n_photos"] == len(by_photo(result)) == n_photos
+        assert result.metrics["per_class"]["B"]["photos"] == n_photos - (1 if n_known else 2)
+        assert len(result.top_losses(9, one_per_photo=True)) == n_photos
+    assert result.metrics["photo_accuracy"] == 1 > result.metrics["accuracy"]
 
 
 def test_the_loss_of_an_impossible_label_is_finite():
     table = pd.DataFrame({"path": ["/1"], "label": ["A"], "photo": ["x"]})
-    assert np.isfinite(prediction_table(table, np.array([[0.0, 1.0]]), ("A", "B")).loss[0])
+    assert np.isfinite(predict(table, [[0.0, 1.0]], ("A", "B")).loss[0])
 
 
 def test_a_photograph_is_judged_by_the_mean_of_its_copies():
     table = pd.DataFrame({"path": list("123"), "label": ["A"] * 3, "photo": ["x"] * 3})
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    metrics = Evaluation(prediction_table(table, probabilities, ("A", "B")), ("A", "B")).metrics
+    metrics = Evaluation(predict(table, probabilities, ("A", "B")), ("A", "B")).metrics
     assert metrics["accuracy"] == pytest.approx(1 / 3)
     assert metrics["photo_accuracy"] == 1
 
@@ -87,7 +118,7 @@ def test_a_photograph_is_judged_by_the_mean_of_its_copies():
 def test_classes_without_images_have_no_figures():
     table = pd.DataFrame({"path": ["/1", "/2"], "label": ["A", "B"], "photo": ["x", "y"]})
     probabilities = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
-    metrics = Evaluation(prediction_table(table, probabilities, CLASSES), CLASSES).metrics
+    metrics = Evaluation(predict(table, probabilities), CLASSES).metrics
     assert metrics["per_class"]["C"]["recall"] is None
     assert metrics["per_class"]["C"]["auroc"] is None
     assert metrics["macro_f1"] == 1
@@ -114,26 +145,19 @@ def test_the_interval_covers_the_truth():
     assert hits >= 180
 
 
-def test_calibration_error():
-    confidence = np.full(1000, 0.8)
-    assert calibration_error(confidence, np.arange(1000) < 800) == pytest.approx(0)
-    assert calibration_error(confidence, np.arange(1000) < 300) == pytest.approx(0.5)
-    assert calibration_error(np.ones(10), np.ones(10, bool)) == 0
-
-
 def test_the_brier_score():
     table = pd.DataFrame({"path": ["/1", "/2"], "label": ["A", "B"], "photo": ["x", "y"]})
     for row, expected in [((1.0, 0.0), 1.0), ((0.5, 0.5), 0.5), ((0.6, 0.4), 0.52)]:
-        predictions = prediction_table(table, np.array([row, row]), ("A", "B"))
+        predictions = predict(table, [row, row], ("A", "B"))
         assert Evaluation(predictions, ("A", "B")).metrics["brier"] == pytest.approx(expected)
 
 
 def test_the_models_own_calibration_error_is_kept_beside_the_calibrated_one():
     plain = make_evaluation()
     logits = np.log(plain.probabilities)
-    logits[:5] *= 60  # as sure as float64 can say
-    own = Evaluation(prediction_table(plain.predictions, softmax(logits), CLASSES), CLASSES)
-    cooled = prediction_table(plain.predictions, softmax(logits, 3.0), CLASSES)
+    logits[:5] *= 60  # as near to 1 as float64 can be
+    own = Evaluation(predict(plain.predictions, softmax(logits)), CLASSES)
+    cooled = predict(plain.predictions, softmax(logits, 3.0))
     metrics = Evaluation(cooled, CLASSES, temperature=3.0).metrics
     assert metrics["temperature"] == 3.0
     assert metrics["ece_uncalibrated"] == pytest.approx(own.metrics["ece"])
@@ -162,13 +186,13 @@ def test_class_intervals_are_those_of_scores_of_resampled_images(monkeypatch):
     scores = {"precision": [], "recall": [], "f1": [], "specificity": [], "auroc": []}
     for drawn in resample_photos(12):
         again = table.loc[table.index.repeat(drawn[photos])]
-        true, said = again.label == "B", again.predicted == "B"
-        scores["precision"].append(precision_score(true, said, zero_division=np.nan))
+        true, predicted = again.label == "B", again.predicted == "B"
+        scores["precision"].append(precision_score(true, predicted, zero_division=np.nan))
         if true.any():
-            scores["recall"].append(said[true].mean())
-            scores["f1"].append(f1_score(true, said))
+            scores["recall"].append(predicted[true].mean())
+            scores["f1"].append(f1_score(true, predicted))
             scores["auroc"].append(roc_auc_score(true, again.p_B))
-        scores["specificity"].append(1 - said[~true].mean())
+        scores["specificity"].append(1 - predicted[~true].mean())
     found = class_intervals(evaluation)["B"]
     for name, values in scores.items():
         assert found[f"{name}_ci95"] == pytest.approx(np.nanpercentile(values, [2.5, 97.5])), name
@@ -199,7 +223,7 @@ def test_coverage():
 
 def test_no_image_reaches_a_threshold():
     table = pd.DataFrame({"path": ["/1"], "label": ["A"], "photo": ["x"]})
-    evaluation = Evaluation(prediction_table(table, np.array([[0.6, 0.4]]), ("A", "B")), ("A", "B"))
+    evaluation = Evaluation(predict(table, [[0.6, 0.4]], ("A", "B")), ("A", "B"))
     assert coverage(evaluation)[-1] == {
         "min_confidence": 0.99,
         "coverage": 0,
@@ -207,3 +231,16 @@ def test_no_image_reaches_a_threshold():
         "accuracy": None,
         "accuracy_ci95": None,
     }
+
+
+def test_the_auroc_has_an_interval_by_photograph():
+    rng = np.random.default_rng(0)
+    is_class = np.repeat([True, False], 20)
+    score = is_class + rng.normal(size=40)
+    photos = pd.Series(range(40))
+    area, (low, high) = auroc_ci(score, is_class, photos)
+    assert area == pytest.approx(roc_auc_score(is_class, score))
+    assert low < area < high
+    _, copied = auroc_ci(score.repeat(9), is_class.repeat(9), photos.repeat(9))
+    assert copied == pytest.approx([low, high])
+    assert auroc_ci(score, np.ones(40, bool), photos) == (None, None)

@@ -1,6 +1,5 @@
 """``bloodcell fit --folds K``: train K times, so that every photograph validates once."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +7,13 @@ import pandas as pd
 
 from ..config import Config
 from ..data.splits import split_folds
+from ..distributed import by_first, wait_for_all
 from ..errors import BloodcellError
-from ..processes import by_first, rank, wait_for_all
+from ..model.runs import Run
 from ..reporter import Reporter
-from ..training.runs import Run
-from ..training.workflow import prepare, resume, train_table
-from .interpretation import Interpretation, interpret_run, read_results, write_results
+from ..training.train import prepare, resume_run, train_table
+from .interpretation import interpret_run, read_results, write_results
+from .metrics import Evaluation
 
 
 def cross_validate(
@@ -26,7 +26,7 @@ def cross_validate(
     """Train on grouped folds: a run ``fold-1`` to ``fold-K`` each, in one folder.
 
     That folder holds the pooled predictions and metrics: every image is predicted once, by the
-    model that has not seen its photograph. ``split.csv`` has a column ``fold`` there.
+    model that was trained without its photograph. ``split.csv`` has a column ``fold`` there.
 
     Args:
         config: the options of every fold, and how many ``folds`` there are, 2 or more.
@@ -55,13 +55,12 @@ def cross_validate(
         True
     """
     reporter = reporter or Reporter()
-    config, table = prepare(config, reporter)
-    folds, config = config.folds, replace(config, folds=0)
-    tables = split_folds(table, folds, config.seed)
+    resolved, table = prepare(config, reporter)
+    tables = split_folds(table, config.folds, config.seed)
     fold_of = sum((split.part == "valid") * k for k, split in enumerate(tables, start=1))
     parent = Run.create(root, name)
     with parent.lock():
-        parent.start(replace(config, folds=folds), table.assign(part="", fold=fold_of))
+        parent.start(config, resolved, table.assign(part="", fold=fold_of))
         try:
             _train_folds(parent, tables, dry_run, reporter)
         except BaseException:
@@ -72,7 +71,7 @@ def cross_validate(
 
 
 def resume_folds(parent: Run, reporter: Reporter | None = None) -> Run:
-    """Go on with a run of :func:`cross_validate`: the folds that are not finished, the results.
+    """Continue a run of :func:`cross_validate`: the folds that are not finished, the results.
 
     Raises:
         BloodcellError: it came to its end, or another process trains it.
@@ -103,16 +102,21 @@ def _train_folds(
         reporter.say(f"Fold {number} of {len(tables)}")
         fold = parent.fold(number)
         if not fold.started:
-            config = replace(parent.config, folds=0)
-            train_table(config, split, Run.create(parent.path, fold.name), dry_run, reporter)
+            asked = parent.asked.changed(folds=0)
+            # Not what the first fold was resolved to: its learning rate was found on images that
+            # validate here.
+            again = asked.model_dump() | {"data": str(parent.root), "split": parent.config.split}
+            resolved = parent.config.changed(**again)
+            folder = Run.create(parent.path, fold.name)
+            train_table(asked, resolved, split, folder, dry_run, reporter)
         elif not fold.finished:
-            resume(parent.path, fold.name, reporter)
+            resume_run(fold, reporter)
         if number == 1:  # what it was resolved to holds for all
-            parent.start(replace(fold.config, folds=len(tables)), parent.table)
+            found = fold.config.changed(folds=len(tables), data=str(parent.root))
+            parent.start(parent.asked, found, parent.table)
         if dry_run:
             return
-        if rank() == 0:
-            interpret_run(fold)
+        by_first(interpret_run)(fold)
     _pool(parent, [parent.fold(number) for number in range(1, len(tables) + 1)])
     parent.finish()
     wait_for_all()
@@ -126,4 +130,4 @@ def _pool(parent: Run, folds: list[Run]) -> None:
     leakages = [result.leakage for result in results if result.leakage is not None]
     leakage = sum(leakages) / len(results) if len(leakages) == len(results) else None
     # Each fold has a temperature of its own.
-    write_results(parent, Interpretation(pooled, results[0].classes, leakage, temperature=None))
+    write_results(parent, Evaluation(pooled, results[0].classes, leakage, temperature=None))

@@ -1,11 +1,14 @@
 import json
+import shutil
 
 import pandas as pd
 import pytest
 
-from bloodcell_fastai import Config, Run, split_table
-from bloodcell_fastai.analysis.audit import audit, describe_audit, write_audit
-from bloodcell_fastai.data.provenance import known_photos
+from bloodcell_fastai import BloodcellError, Config, Run, split_table
+from bloodcell_fastai.config import ResolvedConfig
+from bloodcell_fastai.data.datasets import read_folder
+from bloodcell_fastai.data.duplicates import known_photos
+from bloodcell_fastai.evaluation.audit import audit, copy_pairs, describe_audit, write_audit
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def test_the_pair_across_the_official_split_is_named(audited):
 def test_files(audited, demo, tmp_path):
     written = write_audit(audited, tmp_path, demo.root)
     assert {path.name for path in written} == {
-        *("photos.csv", "audit.json", "siblings-random.png", "siblings-official.png"),
+        *("photos.csv", "audit.json", "copies-random.png", "copies-official.png"),
         "known_photos.csv.xz",
     }
     again = known_photos(demo.table.path, tmp_path / "known_photos.csv.xz")
@@ -61,10 +64,37 @@ def test_a_contradiction_is_reported(audited):
     assert found["photo"] == first
     assert found["labels"]["NEUTROPHIL"] == 1
     assert found["overlap"] > 0.5  # copies of one photograph
-    assert f"One field under two labels: {first}" in describe_audit(contradicting)
+    assert f"Contradictory labels of field {first}" in describe_audit(contradicting)
 
 
-def test_the_split_of_a_run_is_looked_at(demo, demo_table, tmp_path):
+def test_pairs_are_a_copy_in_training_and_one_in_validation(audited):
+    split = audited.splits["random"].set_index("path")
+    pairs = copy_pairs(audited.splits["random"])
+    assert len(pairs) == split.label.nunique()
+    for train, valid in pairs:
+        assert (split.part[train], split.part[valid]) == ("train", "valid")
+        assert split.original[train] == split.original[valid]
+
+
+@pytest.fixture
+def run(demo, demo_table, tmp_path):
     run = Run(tmp_path / "mine")
-    run.start(Config(), split_table(demo_table, "random"))
+    config = ResolvedConfig(data=str(demo.root))
+    run.start(Config(), config, split_table(demo_table, "random"))
+    return run
+
+
+def test_the_split_of_a_run_is_measured(demo, run):
     assert audit(demo, rebuild=True, run=run).leakages["run mine"] > 0.5
+
+
+def test_the_data_may_have_been_moved(demo, run, tmp_path):
+    moved = read_folder(shutil.copytree(demo.root, tmp_path / "moved"))
+    assert audit(moved, rebuild=True, run=run).leakages["run mine"] > 0.5
+
+
+def test_a_run_of_another_data_set_is_refused(demo, run):
+    elsewhere = run.table.assign(path=[f"/elsewhere/{i}.jpg" for i in range(len(run.table))])
+    run.start(run.asked, run.config, elsewhere)
+    with pytest.raises(BloodcellError, match="mine was not validated on images of"):
+        audit(demo, run=run)

@@ -1,6 +1,6 @@
 """Figures for papers and reports: each function returns a matplotlib Figure and saves nothing.
 
-Colours are those of Okabe and Ito (2008), which people with colour-blindness can tell apart.
+The colours are from the colour-blind-safe palette of Okabe and Ito (2008).
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..data.dataset import open_image
-from ..data.provenance import match_pair
+from ..data.duplicates import match_pair
+from ..data.images import open_image
 from ..errors import printable
 from ..files import atomic_path
-from ..training.calibration import CALIBRATION_BINS, reliability
-from .evaluation import Evaluation, coverage, uncalibrated
+from ..model.calibration import CALIBRATION_BINS, reliability
+from .metrics import Evaluation, coverage, uncalibrated
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-# Of matplotlib's types for these keys each version has its own.
+# matplotlib types these keys differently in each version.
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -32,9 +32,9 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
-    "text.parse_math": False,  # a name with dollar signs is no formula
+    "text.parse_math": False,  # a class name with dollar signs is not a formula
 }
-# What figure_svg makes of a figure's colours where a page is dark.
+# The colours of figure_svg on a dark page.
 DARK = {BLUE: "#56B4E9", ORANGE: "#F0882F", GREY: "#A3ACB8"}
 
 
@@ -47,12 +47,12 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def figure_svg(figure: Figure) -> str:
-    """A figure as the text of an SVG file, transparent, for light pages and for dark ones.
+    """A figure as a transparent SVG file, as text, for light and for dark pages.
 
-    Black becomes the colour of the text, and the colours of this module have a lighter twin.
+    On a dark page the text is light and the colours of this module are lighter.
     """
     text = StringIO()
-    with rc_context(STYLE | {"svg.hashsalt": "bloodcell"}):  # the same figure, the same text
+    with rc_context(STYLE | {"svg.hashsalt": "bloodcell"}):  # reproducible ids
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue().replace("#000000", "currentColor")
     dark = "color: #e7eaee; fill: #e7eaee;"
@@ -64,26 +64,21 @@ def figure_svg(figure: Figure) -> str:
 
 
 def plot_history(history: pd.DataFrame, names: Sequence[str] = ("loss", "accuracy")) -> Figure:
-    """Loss and accuracy per epoch, training against validation; the kept epoch is marked."""
+    """Training and validation curves per epoch; a ring marks the best epoch.
+
+    Args:
+        history: one row per epoch, as ``Run.history``.
+        names: a panel for each; ``loss`` and ``accuracy`` by default.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(4 * len(names), 3.2))
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            for part, colour, label in (
-                ("train", BLUE, "training"),
-                ("valid", ORANGE, "validation"),
-            ):
-                values = history[f"{part}_{name}"]
+            for colour, label in ((BLUE, "training"), (ORANGE, "validation")):
+                values = history[f"{label[:5]}_{name}"]
                 axes.plot(history.epoch, values, "o-", ms=4, color=colour, label=label)
             best = history.loc[history.valid_accuracy.idxmax()]
-            axes.plot(
-                best.epoch,
-                best[f"valid_{name}"],
-                "o",
-                ms=11,
-                mfc="none",
-                mec=ORANGE,
-                label="kept",
-            )
+            ring = {"ms": 11, "mfc": "none", "mec": ORANGE}
+            axes.plot(best.epoch, best[f"valid_{name}"], "o", label="best epoch", **ring)
             axes.set(xlabel="Epoch", ylabel=name.capitalize())
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
@@ -94,60 +89,51 @@ def plot_history(history: pd.DataFrame, names: Sequence[str] = ("loss", "accurac
 
 
 def plot_confusion_matrix(evaluation: Evaluation) -> Figure:
-    """Counts, with the share of the true class; shades follow the shares."""
+    """Confusion matrix: rows are true classes, columns predicted classes; in each cell the number
+    of images and their proportion of the true class."""
     matrix, classes = evaluation.confusion_matrix, evaluation.classes
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    proportions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 1.9 + 0.95 * len(classes)
     with rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(side + 0.6, side))
         axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        image = axes.imshow(proportions, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix):
-            share = shares[row, column]
-            axes.text(
-                column,
-                row,
-                f"{count:,}\n{share:.1%}",
-                ha="center",
-                va="center",
-                color="white" if share > 0.5 else "black",
-            )
-        names = [name.capitalize() for name in classes]
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
+            proportion = proportions[row, column]
+            colour, text = "white" if proportion > 0.5 else "black", f"{count:,}\n{proportion:.1%}"
+            axes.text(column, row, text, ha="center", va="center", color=colour)
+        ticks = range(len(classes))
+        axes.set_xticks(ticks, classes, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_yticks(ticks, classes)
         axes.tick_params(length=0)
         axes.set(xlabel="Predicted class", ylabel="True class")
-        figure.colorbar(
-            image, format=PercentFormatter(1), shrink=0.8, label="Share of the true class"
-        )
+        label = "Proportion of the true class"
+        figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label=label)
     return figure
 
 
 def plot_top_losses(evaluation: Evaluation, k: int = 9) -> Figure:
-    """The images the model was most wrong about, with what it said and how sure it was.
-
-    Of each photograph one copy is shown: the others say the same.
-    """
+    """The ``k`` images with the highest loss, one of each photograph."""
     worst = evaluation.top_losses(k, one_per_photo=True)
-    return _gallery(
-        [
-            (
-                row.path,
-                f"{row.label.capitalize()}\n→ {row.predicted.capitalize()}"
-                f" {row.confidence:.0%}\nloss {row.loss:.2f}, p(true) {np.exp(-row.loss):.1%}",
-                GREY if row.label == row.predicted else ORANGE,
+    with rc_context(STYLE):
+        figure = _picture_grid(max(1, -(-len(worst) // 3)), 3, 3, 3.1)
+        for axis, row in zip(figure.axes, worst.itertuples(), strict=False):
+            axis.imshow(open_image(row.path))
+            axis.set_title(
+                f"true: {row.label}\npredicted: {row.predicted} {row.confidence:.0%}\n"
+                f"loss {row.loss:.2f}, p(true) {np.exp(-row.loss):.1%}",
+                color=GREY if row.label == row.predicted else ORANGE,
+                fontsize=9,
             )
-            for row in worst.itertuples()
-        ],
-        columns=3,
-    )
+    return figure
 
 
 def plot_reliability(evaluation: Evaluation) -> Figure:
-    """How often the model is right where it is so and so sure, and how many images that is.
+    """Reliability diagram: accuracy against confidence, above a histogram of the confidences.
 
-    On the diagonal confidence can be taken at its word; below it the model is too sure. Where
-    the probabilities are calibrated, a paler line shows them as they were before.
+    The diagonal is perfect calibration; below it the model is overconfident. Where a temperature
+    was fitted, a paler line shows the probabilities before calibration. The bins are those of
+    :func:`~bloodcell_fastai.model.calibration.reliability` (Guo et al. 2017).
     """
     table = evaluation.predictions
     correct = (table.label == table.predicted).to_numpy()
@@ -155,7 +141,7 @@ def plot_reliability(evaluation: Evaluation) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 4.4))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="as sure as right")
+        upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="perfect calibration")
         label = "this model"
         if before is not None and evaluation.temperature != 1:
             label = "calibrated"
@@ -178,28 +164,29 @@ def plot_reliability(evaluation: Evaluation) -> Figure:
 
 
 def plot_coverage(evaluation: Evaluation) -> Figure:
-    """Accuracy on the images the model is surest of, against their share of all images.
+    """Selective prediction: accuracy against coverage (El-Yaniv and Wiener 2010).
 
-    Marked are thresholds of confidence, with the 95 % interval from resampled photographs.
+    The risk-coverage curve, drawn as accuracy, which is 1 - risk. Points are confidence thresholds,
+    with 95 % intervals from resampled photographs.
     """
-    surest = evaluation.predictions.sort_values("confidence", ascending=False, kind="stable")
-    accuracy = (surest.label == surest.predicted).expanding().mean().to_numpy()
-    share = np.arange(1, len(surest) + 1) / len(surest)
-    # A threshold cannot part images of one confidence.
-    ends = np.append(np.diff(surest.confidence) != 0, True)
-    ends[: max(1, len(surest) // 50)] &= len(surest) < 50  # a few images make a wild line
+    ranked = evaluation.predictions.sort_values("confidence", ascending=False, kind="stable")
+    accuracy = (ranked.label == ranked.predicted).expanding().mean().to_numpy()
+    answered = np.arange(1, len(ranked) + 1) / len(ranked)
+    # No threshold separates images of equal confidence.
+    ends = np.append(np.diff(ranked.confidence) != 0, True)
+    ends[: max(1, len(ranked) // 50)] &= len(ranked) < 50  # the first few images are noise
     shown = np.flatnonzero(ends)[np.unique(np.linspace(0, ends.sum() - 1, 300).astype(int))]
     marks = [row for row in coverage(evaluation) if row["min_confidence"] and row["n_images"]]
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 4.4))
         axes = figure.subplots()
-        axes.plot(share[shown], accuracy[shown], color=BLUE)
+        axes.plot(answered[shown], accuracy[shown], color=BLUE)
         labelled = np.inf
         for row in marks:
             x, y = row["coverage"], row["accuracy"]
             axes.vlines(x, *row["accuracy_ci95"], color=BLUE, alpha=0.35, lw=3)
             axes.plot(x, y, "o", ms=6, color=ORANGE)
-            if labelled - x > 0.07:  # else the labels would lie on each other
+            if labelled - x > 0.07:  # else the labels would overlap
                 axes.annotate(
                     f"{row['min_confidence']:g}",
                     (x, y),
@@ -208,23 +195,23 @@ def plot_coverage(evaluation: Evaluation) -> Figure:
                     color=ORANGE,
                 )
                 labelled = x
-        axes.set(xlabel="Share of the images answered", ylabel="Accuracy on these", xlim=(0, 1.04))
+        axes.set(xlabel="Coverage", ylabel="Accuracy of the images answered", xlim=(0, 1.04))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.25)
     return figure
 
 
-def plot_stress(stress: pd.DataFrame, kinds: Sequence[str] = ()) -> Figure:
-    """Accuracy under each kind of corruption, a panel each, against its five strengths.
+def plot_robustness(table: pd.DataFrame, kinds: Sequence[str] = ()) -> Figure:
+    """Accuracy against the strength of each corruption, a panel each.
 
-    Bars are 95 % intervals; the dashed line is the accuracy on the untouched images.
+    Bars are 95 % intervals; the dashed line is the clean accuracy.
 
     Args:
-        stress: the table of :func:`~bloodcell_fastai.stress_test`.
-        kinds: those to show; all by default.
+        table: as :func:`~bloodcell_fastai.measure_robustness` makes it.
+        kinds: the corruptions to show; all by default.
     """
-    clean, corrupted = stress.iloc[0], stress[stress.strength > 0]
+    clean, corrupted = table.iloc[0], table[table.strength > 0]
     kinds = list(kinds or corrupted.kind.unique())
     columns = min(len(kinds), 4)
     rows = -(-len(kinds) // columns)
@@ -233,7 +220,7 @@ def plot_stress(stress: pd.DataFrame, kinds: Sequence[str] = ()) -> Figure:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for axes, kind in zip(grid.flat, kinds, strict=False):
             shown = corrupted[corrupted.kind == kind]
-            axes.axhline(clean.accuracy, ls="--", lw=1, color=GREY, label="untouched")
+            axes.axhline(clean.accuracy, ls="--", lw=1, color=GREY, label="clean")
             bounds = (shown.accuracy_low, shown.accuracy_high)
             axes.vlines(shown.strength, *bounds, color=BLUE, alpha=0.35, lw=3)
             axes.plot(shown.strength, shown.accuracy, "o-", ms=5, color=BLUE)
@@ -249,18 +236,15 @@ def plot_stress(stress: pd.DataFrame, kinds: Sequence[str] = ()) -> Figure:
     return figure
 
 
-def plot_siblings(pairs: Sequence[tuple[str, str]], matches: int = 30) -> Figure:
-    """Pairs of images of one photograph, training on the left, validation on the right.
+def plot_copies(pairs: Sequence[tuple[str, str]], matches: int = 30) -> Figure:
+    """Pairs of copies of one photograph: a training image left, a validation image right.
 
-    Lines join up to ``matches`` features that agree on one affine map of one to the other.
+    Args:
+        pairs: paths of a training and of a validation image.
+        matches: lines drawn at most, each between two matching features.
     """
-    columns = 2
-    rows = -(-len(pairs) // columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.6 * columns, 2.75 * rows))
-        grid = figure.subplots(rows, columns, squeeze=False).flat
-        for axis in grid:
-            _bare(axis)
+        figure = _picture_grid(-(-len(pairs) // 2), 2, 6.6, 2.75)
         for axis, (train, valid) in zip(figure.axes, pairs, strict=False):
             _draw_pair(axis, train, valid, matches)
     return figure
@@ -274,48 +258,36 @@ def _draw_pair(axis, train: str, valid: str, matches: int) -> None:
     canvas = np.full((left.height, left.width + gap + right.width, 3), 255, np.uint8)
     canvas[:, : left.width], canvas[:, left.width + gap :] = np.asarray(left), np.asarray(right)
     axis.imshow(canvas)
-    points, others = match_pair(Path(train), Path(valid))
+    points, others = match_pair(train, valid)
     shown = np.linspace(0, len(points) - 1, min(matches, len(points))).astype(int)
     for (x, y), (u, v) in zip(points[shown], others[shown], strict=True):
         u = u * scale + left.width + gap
         axis.plot([x, u], [y, v * scale], "o-", color=ORANGE, ms=2.5, lw=0.6, alpha=0.9)
     names = [f"{Path(path).parent.name} {Path(path).name}" for path in (train, valid)]
     axis.set_title(
-        f"training: {names[0]}    validation: {names[1]}\n{len(points)} features agree", fontsize=9
+        f"training: {names[0]}    validation: {names[1]}\n{len(points)} matching features",
+        fontsize=9,
     )
 
 
 def contact_sheet(table: pd.DataFrame, per_class: int = 6, seed: int = 0) -> Figure:
-    """Images drawn at random from an image table, one row per class."""
+    """Randomly chosen images of an image table, one row per class."""
     groups = list(table.groupby("label"))
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.8 * per_class, 1.5 * len(groups)))
-        grid = figure.subplots(len(groups), per_class, squeeze=False)
-        for axes, (label, images) in zip(grid, groups, strict=True):
+        figure = _picture_grid(len(groups), per_class, 1.8, 1.5)
+        for row, (label, images) in enumerate(groups):
+            axes = figure.axes[row * per_class : (row + 1) * per_class]
             paths = images.path.sample(min(per_class, len(images)), random_state=seed)
-            for axis in axes:
-                _bare(axis)
             for axis, path in zip(axes, paths, strict=False):
                 axis.imshow(open_image(path))
-            axes[0].set_ylabel(f"{label.capitalize()}\n{len(images):,} images")
+            axes[0].set_ylabel(f"{label}\n{len(images):,} images")
     return figure
 
 
-def _gallery(tiles: list[tuple[str, str, str]], columns: int) -> Figure:
-    """Images in a grid; a tile is a path, the text above it and the text's colour."""
-    rows = max(1, -(-len(tiles) // columns))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(3 * columns, 3.1 * rows))
-        for axis in figure.subplots(rows, columns, squeeze=False).flat:
-            _bare(axis)
-        for axis, (path, text, colour) in zip(figure.axes, tiles, strict=False):
-            axis.imshow(open_image(path))
-            axis.set_title(text, color=colour, fontsize=9)
+def _picture_grid(rows: int, columns: int, width: float, height: float) -> Figure:
+    """A figure of axes without ticks and spines, of that width and height each, in inches."""
+    figure = Figure(figsize=(width * columns, height * rows))
+    for axis in figure.subplots(rows, columns, squeeze=False).flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     return figure
-
-
-def _bare(axis) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_visible(False)

@@ -1,0 +1,327 @@
+"""The report of a run: ``report/index.html``, a single file.
+
+Its contents follow CLAIM 2024 (Tejani et al. 2024), the checklist for artificial intelligence in
+medical imaging, and model cards (Mitchell et al. 2019).
+"""
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Sequence
+from datetime import date
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from matplotlib.figure import Figure
+
+from ..config import Config, ResolvedConfig, fit_command
+from ..data.images import open_image
+from ..data.splits import SPLIT_DESCRIPTIONS, count_known, describe_leakage, photo_groups
+from ..files import read_json, write_text
+from ..model.calibration import CALIBRATION_BINS
+from ..model.inference import Predictor
+from ..model.runs import Run, relative_to
+from ..reporter import duration
+from . import figures
+from .explain import NoHeatMap, heat_maps, overlay
+from .external import External, describe_external
+from .metrics import BOOTSTRAP_SAMPLES, Evaluation
+from .robustness import CLEAN, read_robustness, robustness_metrics
+
+DASH = "\N{EN DASH}"
+GALLERY = 8
+BARS = 4  # probabilities shown of an image
+PICTURE = 320  # longest side of an image in the page, in pixels
+Heat = tuple[np.ndarray, list[int]]
+"""A heat map, float32 (size, size), and the box of the image it is of; see :func:`overlay`."""
+
+
+def write_report(
+    run: Run,
+    result: Evaluation,
+    predictor: Predictor | None = None,
+    folder: Path | None = None,
+    external: External | None = None,
+) -> Path:
+    """Write the report of a run; return its path.
+
+    Args:
+        run: a trained run, or the parent of folds.
+        result: the evaluation on its validation images, or on ``external``.
+        predictor: the run's, for the heat maps of the gallery; None leaves them out.
+        folder: where to write it; the run's ``report/`` by default.
+        external: the other data set that ``result`` is of, if it is of one.
+    """
+    path = (folder or run.report) / "index.html"
+    write_text(path, render_report(run, result, predictor, external))
+    return path
+
+
+def render_report(
+    run: Run,
+    result: Evaluation,
+    predictor: Predictor | None = None,
+    external: External | None = None,
+) -> str:
+    """The report as HTML; see :func:`write_report`."""
+    config, table, history, metrics = run.config, run.table, run.history, result.metrics
+    worst = result.top_losses(GALLERY, one_per_photo=True)
+    heat, no_heat = _heat_maps(worst, predictor, config)
+    robustness = None if external else read_robustness(run)
+    other = external and relative_to(external.table, external.root).assign(
+        label=external.table.theirs, part=""
+    )
+    return load_template("evaluation", "report.html.jinja").render(
+        run=run.name,
+        written=date.today(),
+        config=config,
+        source=Path(config.data).name or "not recorded",
+        split=_describe_split(config),
+        warnings=all_warnings(config),
+        external=external,
+        facts=describe_external(external) if external else [],
+        samples=BOOTSTRAP_SAMPLES,
+        bins=CALIBRATION_BINS,
+        metrics=metrics,
+        classes=result.classes,
+        leakage=describe_leakage(metrics["leakage"], metrics["n_known"], metrics["n_images"]),
+        data=count_images(table),
+        unused=0 if config.folds else int((table.part == "").sum()),
+        curves={
+            name: _figure(figures.plot_history(history, [name]))
+            for name in ("accuracy", "loss")
+            if len(history)
+        },
+        history=summarise_history(history),
+        folds=[_describe_fold(run.fold(n)) for n in range(1, config.folds + 1)],
+        reliability=_figure(figures.plot_reliability(result)),
+        coverage=_figure(figures.plot_coverage(result)),
+        robustness=None if robustness is None else _describe_robustness(robustness),
+        gallery=_gallery(worst, run, table, result.classes, heat, external),
+        no_heat=no_heat,
+        calibration=None if config.folds else run.calibration,
+        command=reproduce_command(run),
+        options=_options(run),
+        fingerprint=fingerprint(run.relative(table)),
+        external_command=interpret_command(run, external) if external else None,
+        external_fingerprint=None if other is None else fingerprint(other),
+    )
+
+
+def load_template(room: str, name: str) -> Template:
+    """A template of this package, which escapes its variables, with the filters of the pages."""
+    environment = Environment(
+        loader=PackageLoader("bloodcell_fastai", room),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "interval": interval,
+        "duration": duration,
+        "number": "{:,}".format,
+    }
+    return environment.get_template(name)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage, ``93.4 %``; a dash for None."""
+    return DASH if value is None else f"{100 * value:.{digits}f}\N{NARROW NO-BREAK SPACE}%"
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 1) -> str:
+    """Two fractions as ``91.0-95.2 %``, with an en dash; a dash for None."""
+    if bounds is None:
+        return DASH
+    return f"{100 * bounds[0]:.{digits}f}{DASH}{percent(bounds[1], digits)}"
+
+
+def reproduce_command(run: Run) -> str:
+    """The command that trains the run again, of a fold all folds: the options as asked, with the
+    initial weights that ``auto`` was resolved to, and ``demo`` where the demo stood in for data."""
+    if (parent := Run(run.path.parent)).started:
+        return reproduce_command(parent)
+    asked, config = run.asked, run.config
+    changes: dict[str, str] = {}
+    if asked.weights == "auto" and config.initial_weights:
+        changes["weights"] = config.initial_weights.partition(" ")[0]
+    if any(warning.startswith("DEMO DATA") for warning in config.warnings):
+        changes["data"] = "demo"
+    return fit_command(asked.changed(**changes))
+
+
+def interpret_command(run: Run, external: External) -> str:
+    """The command that evaluates the run on the other data set again."""
+    parent = Run(run.path.parent)
+    name = f"{parent.name}/{run.name}" if parent.started else run.name  # of a fold
+    words = ["bloodcell", "interpret", name, "--data", str(external.root)]
+    return shlex.join(words + (["--subset", external.subset] if external.subset else []))
+
+
+def fingerprint(table: pd.DataFrame) -> str:
+    """SHA-256, in hex, of the paths, labels and parts (or folds) of a table, in any order.
+
+    With paths relative to the data the fingerprint is the same on every machine. The pixels do not
+    count.
+    """
+    parts = table.get("fold", table.part).astype(str)
+    lines = sorted(map("\t".join, zip(table.path, table.label, parts, strict=True)))
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def count_images(table: pd.DataFrame) -> list[dict]:
+    """Images and photographs per class and part, with a last row of totals.
+
+    Returns:
+        For each class ``label`` and ``counts``: for training and validation, or once for a table
+        without parts, the images and the photographs (None if no photograph is known).
+    """
+    parts = ("train", "valid") if table.part.any() else ("",)
+    groups = photo_groups(table) if count_known(table) else None
+
+    def count(chosen: pd.Series) -> list[tuple[int, int | None]]:
+        rows = [chosen & (table.part == part) for part in parts]
+        return [(int(r.sum()), None if groups is None else groups[r].nunique()) for r in rows]
+
+    labels = sorted(set(table.label))
+    return [{"label": label, "counts": count(table.label == label)} for label in labels] + [
+        {"label": "All", "counts": count(table.label == table.label)}
+    ]
+
+
+def summarise_history(history: pd.DataFrame) -> dict | None:
+    """Number of epochs, the best one with its metrics, total seconds; None before the first."""
+    if history.empty:
+        return None
+    best = history.loc[history.valid_accuracy.idxmax()]
+    return {
+        "epochs": len(history),
+        "best": int(best.epoch),
+        "seconds": float(history.seconds.sum()),
+        **{name: float(best[name]) for name in ("train_accuracy", "valid_accuracy", "valid_loss")},
+    }
+
+
+def all_warnings(config: ResolvedConfig) -> tuple[str, ...]:
+    """The run's warnings, and one for random initial weights even if they were asked for."""
+    warned = any("RANDOM WEIGHTS" in warning for warning in config.warnings)
+    if config.initial_weights != "none" or warned:
+        return config.warnings
+    return (*config.warnings, "RANDOM WEIGHTS: the model did not start from pretrained weights.")
+
+
+def _describe_split(config: ResolvedConfig) -> str:
+    if config.folds:
+        return f"{config.folds} folds by photograph, one model each; every image validates once"
+    return SPLIT_DESCRIPTIONS[config.split]
+
+
+def _options(run: Run) -> dict[str, tuple]:
+    """Of each option the value that was asked for and what it was resolved to."""
+    asked, resolved = run.asked.model_dump(), run.config.model_dump()
+    resolved |= {"data": asked["data"], "weights": run.config.initial_weights or asked["weights"]}
+    return {name: (asked[name], resolved[name]) for name in Config.model_fields}
+
+
+def _describe_robustness(table: pd.DataFrame) -> dict:
+    """``metrics``, and of each of the ``kinds`` of corruption ``name``, ``unit``, ``figure`` and
+    ``rows``."""
+    kinds = [
+        {
+            "name": kind,
+            "unit": rows.unit.iloc[0],
+            "figure": _figure(figures.plot_robustness(table, [kind])),
+            "rows": rows.to_dict("records"),
+        }
+        for kind, rows in table[table.kind != CLEAN].groupby("kind", sort=False)
+    ]
+    return {"metrics": robustness_metrics(table), "kinds": kinds}
+
+
+def _describe_fold(fold: Run) -> dict:
+    """``name``, ``metrics`` and ``history`` of a fold."""
+    metrics = read_json(fold.path / "metrics.json", f"Run: bloodcell interpret {fold.name}")
+    return {"name": fold.name, "metrics": metrics, "history": summarise_history(fold.history)}
+
+
+def _heat_maps(
+    worst: pd.DataFrame, predictor: Predictor | None, config: ResolvedConfig
+) -> tuple[dict[str, Heat], str]:
+    """Heat maps of the gallery's images for the predicted class, by path, or why there are none."""
+    if predictor is None:
+        return {}, "Heat maps are in the reports of the folds." if config.folds else "No heat maps."
+    pictures = predictor.read(worst.path)
+    predicted = dict(zip(worst.path, worst.predicted, strict=True))
+    targets = [predictor.classes.index(predicted[path]) for path in pictures.paths]
+    try:
+        heat = heat_maps(predictor, pictures, targets)
+    except NoHeatMap:
+        return {}, f"No heat maps: {config.arch} has no spatial features."
+    shown = zip(heat, pictures.boxes.tolist(), strict=True)
+    return dict(zip(pictures.paths, shown, strict=True)), ""
+
+
+def _gallery(
+    worst: pd.DataFrame,
+    run: Run,
+    table: pd.DataFrame,
+    classes: Sequence[str],
+    heat: dict[str, Heat],
+    external: External | None,
+) -> list[dict]:
+    """What the page shows of each image with a large loss."""
+    labels = dict(zip(table.path, table.label, strict=True))
+    names = relative_to(run.relative(worst), external.root if external else run.root)
+    tiles = []
+    for row, name in zip(worst.to_dict("records"), names.to_dict("records"), strict=True):
+        path, nearest = row["path"], row.get("nearest")
+        # The classes with the highest probabilities, always with the true one.
+        shown = sorted(classes, key=lambda label: row[f"p_{label}"], reverse=True)[:BARS]
+        if row["label"] not in shown:
+            shown[-1] = row["label"]
+        tile = {key: row.get(key) for key in ("label", "predicted", "loss", "distance")} | {
+            "path": name["path"],
+            "image": picture(path),
+            "heat": picture(path, *heat[path]) if path in heat else None,
+            "nearest": None,
+            "bars": [(label, row[f"p_{label}"]) for label in shown],
+        }
+        if nearest:
+            label, image = labels.get(nearest, "unknown"), picture(nearest)
+            tile["nearest"] = {"label": label, "path": name["nearest"], "image": image}
+        tiles.append(tile)
+    return tiles
+
+
+def picture(
+    path: str, heat: np.ndarray | None = None, box: Sequence[int] | None = None
+) -> str | None:
+    """An image file as a small data URI; None if it cannot be read.
+
+    Args:
+        path: of the file.
+        heat: a heat map to lay over it, float (h, w); see :func:`~bloodcell_fastai.overlay`.
+        box: the crop that ``heat`` is of.
+    """
+    try:
+        image = open_image(path)
+    except OSError:
+        return None
+    shown = image if heat is None or box is None else overlay(image, heat, box)
+    shown.thumbnail((PICTURE, PICTURE))
+    data = BytesIO()
+    shown.save(data, "JPEG", quality=85)
+    return _data_uri("jpeg", data.getvalue())
+
+
+def _figure(figure: Figure) -> str:
+    return _data_uri("svg+xml", figures.figure_svg(figure).encode())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
