@@ -1,364 +1,316 @@
-"""A trained run as a web page and as an HTTP endpoint, on this machine alone."""
+"""A run's model as a web page and an HTTP endpoint, on this machine alone."""
 
 import ipaddress
-import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Annotated, Literal
+from typing import Any, Literal
 
+import cv2
 import numpy as np
-import pandas as pd
-import torch
-from PIL import Image
-from torch import nn
+import uvicorn
+from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import Message
 
-from ..analysis.explain import network_heat_maps
-from ..analysis.interpretation import read_results
-from ..analysis.report import all_warnings, load_template, percent, picture
-from ..data.smears import CLASSES, COPY_SIZE, draw_photograph
-from ..data.splits import leakage, photos_known
-from ..errors import BloodcellError
-from ..files import atomic_path
+from ..data.demo import CLASSES, COPY_SIZE, draw_photograph
+from ..data.splits import count_known, describe_leakage, leakage, photo_groups
+from ..errors import BloodcellError, MissingFileError
+from ..evaluation.explain import NoHeatMap, heat_maps
+from ..evaluation.interpretation import read_metrics
+from ..evaluation.report import all_warnings, load_template, percent, picture
+from ..model.calibration import IN_DISTRIBUTION
+from ..model.inference import UNLIKE, PredictedBatch, Predictor
+from ..model.runs import Run
 from ..reporter import Reporter
-from ..training.calibration import KNOWN_SHARE
-from ..training.learner import TimmBody, TimmHead
-from ..training.runs import Run
-from ..training.workflow import describe_leakage
-from .inference import UNLIKE, Batch, Predictor
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asked for by its modules too
-try:
-    import gradio as gr
-    import uvicorn
-    from fastapi import FastAPI, File, HTTPException, UploadFile
-    from pydantic import BaseModel, Field
-except ModuleNotFoundError as error:
-    raise BloodcellError(
-        f"Serving needs the package {error.name}.", 'pip install "bloodcell-fastai[serve]"'
-    ) from error
 
 MAX_FILES = 32  # of a request
 MAX_FILE_MB = 20
-SURE_ENOUGH = 0.5  # below it the class is likelier wrong than right
-KEPT_SECONDS = 300  # how long Gradio keeps a file that was uploaded to the page
+MAX_BODY = (MAX_FILES * MAX_FILE_MB + 1) * 10**6  # bytes of a request
+MIN_CONFIDENCE = 0.5  # below it the predicted class is more likely wrong than right
 NEAREST = 3  # training photographs shown beside an image
-NO_IMAGE = "This is no image that can be read."
-EXAMPLE_SEED = 7_000  # no field of the demo set, whose seeds are of another order
-FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
-MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+EXAMPLE_SEED = 7_000  # no photograph of the demo set, whose seeds are far larger
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 class Scores(BaseModel):
-    """How often the model was right on its validation images."""
+    """Scores of the model on its validation images."""
 
-    photo_accuracy: float = Field(description="Share of the photographs it got right, 0 to 1.")
+    photo_accuracy: float = Field(description="Fraction of the photographs it got right, 0 to 1.")
     photo_accuracy_ci95: tuple[float, float] = Field(description="Its 95 % interval.")
-    accuracy: float = Field(description="Share of the images it got right, 0 to 1.")
+    accuracy: float = Field(description="Fraction of the images it got right, 0 to 1.")
     accuracy_ci95: tuple[float, float] = Field(description="Its 95 % interval.")
-    n_photos: int
+    n_photos: int = Field(description="An image of an unknown photograph counts as one.")
     n_images: int
-    photos_known: bool = Field(description="False: every image counts as a photograph.")
+    n_known: int = Field(description="Images whose photograph is known.")
 
 
 class ModelCard(BaseModel):
-    """What the model is, how good it is, and where that ends."""
+    """What the model is, its scores and its limits."""
 
     run: str
     arch: str = Field(description="The architecture, by timm's name.")
-    start: str = Field(description="The weights it started from.")
-    size: int = Field(description="Side of its input in pixels; images are squeezed to it.")
+    start: str = Field(description="The initial weights of the training.")
+    size: int = Field(description="Input size in pixels; images are resized to this square.")
     classes: list[str]
     n_train_images: int
-    n_train_photos: int | None = Field(description="null: which photographs is not known.")
-    calibrated: bool
+    n_train_photos: int | None = Field(description="null: the photographs are not known.")
+    calibrated: bool = Field(description="Whether its probabilities are calibrated.")
     min_confidence: float = Field(description="Below it an image is flagged as uncertain.")
     scores: Scores | None = Field(description="null: the run was not evaluated.")
-    leakage: str = Field(description="What the scores are worth, in words.")
+    leakage: str = Field(description="Whether copies of training photographs raise the scores.")
     warnings: list[str]
-    limits: list[str]
+    limits: list[str] = Field(description="What the model cannot do.")
+
+
+class Upload(BaseModel):
+    """The form of a request."""
+
+    files: list[bytes] = Field(
+        min_length=1, max_length=MAX_FILES, description=f"Images of at most {MAX_FILE_MB} MB each."
+    )
 
 
 class Prediction(BaseModel):
-    """What the model makes of an image."""
+    """The prediction for an image."""
 
     file: str = Field(description="Name of the file as it was sent.")
-    predicted: str = Field(description="The likeliest class.")
-    confidence: float = Field(description="Its probability, 0 to 1.")
+    predicted: str = Field(description="The class with the highest probability.")
+    confidence: float = Field(description="The probability of that class, 0 to 1.")
     flag: Literal["", "uncertain", "unlike training", "no cell"] = Field(
-        description="Set where a person should look."
+        description="Why the image needs manual review; empty: no reason was found."
     )
     probabilities: dict[str, float] = Field(description="Of every class; they sum to 1.")
     distance: float | None = Field(
-        description="From the training images, 0 to 2; null: the run has none to compare with."
+        None, description="From the training images, 0 to 2; null: there are none to compare with."
     )
     nearest_label: str | None = Field(description="Class of the nearest training image.")
 
 
 class FileError(BaseModel):
-    """A file without an answer."""
+    """A file without a prediction."""
 
     file: str
-    error: str
+    error: str = "This is not an image that can be read."
 
 
 class Answer(BaseModel):
-    """What came of a request, each list in the order of its files."""
+    """Predictions and errors, each in the order of the files."""
 
     predictions: list[Prediction]
     errors: list[FileError]
 
 
 class Refusal(BaseModel):
-    """Why there is no answer."""
+    """Why a request has no answer."""
 
     detail: str
 
 
 class Service:
-    """A run for many callers at a time: the model works for one while the others wait.
+    """A run's model for many callers at a time; it works for one while the others wait.
 
     Args:
         run: one with a model.
         min_confidence: below it an image is flagged as uncertain, 0 to 1.
         device: see ``pick_device``.
 
-    Attributes:
-        predictor: of the run.
-        card: what the model is.
-
     Raises:
-        BloodcellError: see :meth:`Predictor.load`.
+        BloodcellError: the run has no model, is one of folds, or has a damaged file.
     """
 
-    def __init__(self, run: Run, min_confidence: float = SURE_ENOUGH, device: str = "auto"):
-        run.require_model()  # of several folds the page could show but one
+    def __init__(self, run: Run, min_confidence: float = MIN_CONFIDENCE, device: str = "auto"):
+        run.require_model()  # an ensemble of folds has no heat maps
         self.predictor = Predictor.load(run, min_confidence=min_confidence, device=device)
         self.card = describe_model(run, self.predictor)
         self._lock = Lock()
 
-    def predict(self, paths: Sequence[str]) -> Batch:
-        """Predict one or more images; see :meth:`Predictor.stream`."""
-        with self._lock:
-            batches = list(self.predictor.stream(paths))
-        filled = [batch for batch in batches if len(batch.table)] or batches[:1]
-        return Batch(
-            pd.concat([batch.table for batch in filled], ignore_index=True),
-            [path for batch in batches for path in batch.unreadable],
-            torch.cat([batch.features for batch in filled]),
-        )
-
-    def heat_maps(self, paths: Sequence[str]) -> Sequence[np.ndarray | None]:
-        """A heat map of each image, None where the architecture can have none; see
-        :func:`~bloodcell_fastai.heat_maps`."""
-        model, config = self.predictor.model, self.predictor.config
-        network = nn.Sequential(TimmBody(model), TimmHead(model))
-        try:
+    def answer(
+        self, files: Sequence[UploadFile], pictures: bool = False
+    ) -> tuple[Answer, list[dict]]:
+        """Predict the class of uploaded files; also, for each prediction, the pictures of the
+        page, if they are wanted."""
+        with TemporaryDirectory(prefix="bloodcell-") as folder:
+            names = {str(Path(folder, str(n))): file.filename or "" for n, file in enumerate(files)}
+            for path, file in zip(names, files, strict=True):
+                with Path(path).open("wb") as copy:
+                    copyfileobj(file.file, copy)
             with self._lock:
-                maps = network_heat_maps(network, config.arch, config.size, config.crop, paths)
-                return list(maps)
-        except BloodcellError:  # it keeps no features with a place in the image
-            return [None] * len(paths)
+                found = self.predictor.predict(self.predictor.read(list(names)))
+                shown = self._pictures(found) if pictures else []
+        reference = self.predictor.reference
+        labels = {} if reference is None else reference.table.set_index("path").label
+        predictions = [
+            Prediction(
+                file=names[row["path"]],
+                probabilities={name: row[f"p_{name}"] for name in self.card.classes},
+                nearest_label=labels.get(row.get("nearest")),
+                **row,
+            )
+            for row in found.table.to_dict("records")
+        ]
+        errors = [FileError(file=names[path]) for path in found.pictures.unreadable]
+        return Answer(predictions=predictions, errors=errors), shown
 
-    def nearest(self, features: torch.Tensor, n: int) -> list[pd.DataFrame]:
-        """The ``n`` training photographs nearest to each image; none if the run has no
-        reference. See :meth:`Reference.photographs`."""
-        if self.predictor.reference is None:
-            return [pd.DataFrame()] * len(features)
-        return self.predictor.reference.photographs(features, n)
+    def _pictures(self, found: PredictedBatch) -> list[dict]:
+        """Of each image the ``image``, its ``heat`` map (None if the architecture can have none)
+        and the ``nearest`` training photographs, as data URIs."""
+        pictures, reference = found.pictures, self.predictor.reference
+        shown: list[dict] = [
+            {"image": picture(path), "heat": None, "nearest": []} for path in pictures.paths
+        ]
+        targets = [self.predictor.classes.index(name) for name in found.table.predicted]
+        with suppress(NoHeatMap):
+            heat = heat_maps(self.predictor, pictures, targets)
+            for path, card, *drawn in zip(pictures.paths, shown, heat, pictures.boxes, strict=True):
+                card["heat"] = picture(path, *drawn)
+        if reference is not None:
+            photographs = reference.photographs(found.features, NEAREST)
+            for card, photos in zip(shown, photographs, strict=True):
+                rows = photos.to_dict("records")
+                card["nearest"] = [row | {"image": picture(row["path"])} for row in rows]
+        return shown
 
 
 def serve(
     run: Run,
     host: str = "127.0.0.1",
     port: int = 7860,
-    min_confidence: float = SURE_ENOUGH,
+    min_confidence: float = MIN_CONFIDENCE,
     device: str = "auto",
     reporter: Reporter | None = None,
+    root_path: str = "",
 ) -> None:
-    """Serve a run until Ctrl-C; to be called in the main thread.
+    """Serve a run until Ctrl-C or SIGTERM; call it in the main thread.
 
     Args:
-        run: one with a model.
+        run, min_confidence, device: see :class:`Service`.
         host: address to listen at; any but this machine's own opens the page to the network.
         port: 0 for a free one.
-        min_confidence: below it an image is flagged as uncertain, 0 to 1.
-        device: see ``pick_device``.
         reporter: told where the page is.
+        root_path: see :func:`create_app`.
 
     Raises:
-        BloodcellError: the port is taken, or the run has no model.
+        BloodcellError: the port is taken, or see :class:`Service`.
     """
     reporter = reporter or Reporter()
-    with _listen(host, port) as listener, TemporaryDirectory(prefix="bloodcell-") as folder:
+    with _listen(host, port) as listener:
         address, port = listener.getsockname()[:2]
         if not ipaddress.ip_address(address).is_loopback:
             reporter.warn(
                 f"OPEN TO THE NETWORK: whoever reaches port {port} of this machine can use the "
                 "model and see training images. There is no password and no encryption."
             )
-        app = create_app(Service(run, min_confidence, device), Path(folder))
+        app = create_app(Service(run, min_confidence, device), root_path)
         shown = f"[{address}]" if ":" in address else address
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
         reporter.say(f"Serving {run.name} at http://{shown}:{port} until Ctrl-C")
-        with _sigterm_as_ctrl_c(), suppress(KeyboardInterrupt):
-            config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+        with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
+        signal.signal(signal.SIGTERM, before)
     reporter.say("Stopped.")
 
 
-def create_app(service: Service, folder: Path) -> FastAPI:
-    """The endpoint with the page at its root.
+def create_app(service: Service, root_path: str = "") -> Starlette:
+    """The page at ``/`` and the endpoint below ``/api``, described at ``/openapi.json``.
 
     Args:
-        service: what answers.
-        folder: for the examples and the files that are uploaded to the page; remove it
-            afterwards.
+        service: what predicts.
+        root_path: where a proxy shows the page, such as ``/blood``. Everything is there and at
+            ``/``, so that a proxy may remove the path from the address or leave it.
     """
-    uploads = folder.resolve() / "uploads"
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # the one way to tell Gradio
-    return gr.mount_gradio_app(
-        create_api(service),
-        create_page(service, draw_examples(folder / "examples"), uploads),
-        path="/",
-        theme=_theme(),
-        css_paths=Path(__file__).with_name("page.css"),
-        max_file_size=f"{MAX_FILE_MB}mb",
-        footer_links=[],
-        run_history=False,  # Gradio's record of what was asked
-        ssr_mode=False,
-        mcp_server=False,
+    root_path = f"/{root_path.strip('/')}".rstrip("/")
+    examples = draw_examples()
+    render = partial(
+        load_template("serving", "page.html.jinja").render,
+        card=service.card,
+        examples=list(examples),
+        root_path=root_path,
+        in_distribution=IN_DISTRIBUTION,
+        max_files=MAX_FILES,
+        max_file_mb=MAX_FILE_MB,
     )
 
-
-def create_api(service: Service) -> FastAPI:
-    """The HTTP endpoint; its schema is at ``/openapi.json``."""
-    app = FastAPI(
-        title="bloodcell",
-        version=version("bloodcell-fastai"),
-        description=f"Classes of blood cells by run {service.card.run}. {service.card.limits[0]}",
-        docs_url=None,  # these pages would load their scripts from elsewhere
-        redoc_url=None,
-        max_body_size=(MAX_FILES * MAX_FILE_MB + 1) * 10**6,
-    )
-    refusals = {400: "None of the files is an image.", 413: "Too many files, or too large ones."}
-
-    @app.get("/api/model")
-    def model() -> ModelCard:
-        """What the model is, how good it is, and where that ends."""
-        return service.card
-
-    @app.post(
-        "/api/predict",
-        responses={code: {"model": Refusal, "description": t} for code, t in refusals.items()},
-    )
-    def predict(
-        files: Annotated[
-            list[UploadFile],
-            File(description=f"1 to {MAX_FILES} images of at most {MAX_FILE_MB} MB each."),
-        ],
-    ) -> Answer:
-        """Tell the class of images. Files are gone from the server when the answer is there."""
-        names = [file.filename or "" for file in files]
-        if problem := _refuse(names, [file.size or 0 for file in files]):
-            raise HTTPException(413, problem)
-        with TemporaryDirectory(prefix="bloodcell-") as folder:
-            paths = [_store(file, Path(folder, str(number))) for number, file in enumerate(files)]
-            batch = service.predict(paths)
-        answer = _answer(service, batch, dict(zip(paths, names, strict=True)))
+    async def predict(request: Request) -> Response:
+        async with _uploads(request) as files:
+            answer, _ = await run_in_threadpool(service.answer, files)
         if not answer.predictions:
-            raise HTTPException(400, f"None of the files is an image: {', '.join(names)}.")
-        return answer
+            names = ", ".join(error.file for error in answer.errors)
+            raise HTTPException(400, f"None of the files is an image: {names}.")
+        return JSONResponse(answer.model_dump())
 
-    return app
+    async def predict_on_page(request: Request) -> Response:
+        try:
+            async with _uploads(request, examples) as files:
+                answer, pictures = await run_in_threadpool(service.answer, files, True)
+        except HTTPException as error:
+            return HTMLResponse(render(problem=error.detail), error.status_code, HEADERS)
+        return HTMLResponse(render(answer=answer, pictures=pictures), headers=HEADERS)
 
-
-def create_page(service: Service, examples: Sequence[Path], uploads: Path) -> gr.Blocks:
-    """The page, for people; answers show the heat map and the nearest training photographs.
-
-    Args:
-        service: what answers.
-        examples: images to click.
-        uploads: folder, resolved, where Gradio puts what is uploaded.
-    """
-    page = _template()
-
-    def answer(files: Sequence[Path]) -> str:
-        if problem := _refuse([file.name for file in files], [f.stat().st_size for f in files]):
-            return page.problem(problem)
-        return page.answers(*_cards(service, list(map(str, files))), service.card)
-
-    def answer_uploads(sent: list[dict]) -> str:
-        files = [Path(file["path"]).resolve() for file in sent]
-        if not all(file.is_relative_to(uploads) for file in files):
-            raise gr.Error("Only files that were uploaded are read.", print_exception=False)
-        return answer(files)
-
-    def answer_example(number: int) -> str:
-        return answer([examples[number]])
-
-    listen = {"preprocess": False, "api_visibility": "private"}
-    with gr.Blocks(
-        title=f"bloodcell: {service.card.run}",
-        analytics_enabled=False,
-        delete_cache=(KEPT_SECONDS // 5, KEPT_SECONDS),
-    ) as blocks:
-        gr.HTML(page.header(service.card), apply_default_css=False)
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                files = gr.File(label="Images", file_count="multiple", height=180)
-                drawn = gr.Dataset(
-                    label="Or an example, drawn by code",
-                    components=[gr.Image(type="filepath", render=False)],
-                    samples=[[str(path)] for path in examples],
-                    type="index",
-                )
-            with gr.Column(scale=3, min_width=300):
-                answers = gr.HTML(page.nothing(), elem_id="answers", apply_default_css=False)
-        gr.HTML(page.about(service.card), apply_default_css=False)
-        # The files are cleared away, so that the next ones can be dropped.
-        files.upload(answer_uploads, files, answers, **listen).then(
-            lambda: None, None, files, **listen
-        )
-        drawn.click(answer_example, drawn, answers, **listen)
-    # Left alone, Gradio copies any file and fetches any address that a caller names, for it
-    # checks neither in a page that it has not launched itself.
-    blocks.has_launched = True
-    for component in (files, drawn):
-        component.async_move_resource_to_block_cache = _left_where_it_is
-    return blocks
-
-
-def draw_examples(folder: Path) -> list[Path]:
-    """Draw a photograph of each kind of cell the demo knows, and a picture of no blood."""
-    names = {f"drawn-{label.lower()}.png": label for label in CLASSES}
-    pictures = {
-        name: draw_photograph(label, EXAMPLE_SEED, size=COPY_SIZE)[0]
-        for name, label in names.items()
+    here = Path(__file__).parent
+    fixed = {
+        "/": HTMLResponse(render(), headers=HEADERS),
+        "/page.css": Response((here / "page.css").read_bytes(), media_type="text/css"),
+        "/page.js": Response((here / "page.js").read_bytes(), media_type="text/javascript"),
+        "/openapi.json": JSONResponse(describe_api(root_path)),
+        "/api/model": JSONResponse(service.card.model_dump()),
     }
-    width, height = COPY_SIZE
-    red, green = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    fixed |= {f"/{name}": Response(png, media_type="image/png") for name, png in examples.items()}
+    routes = [
+        *(Route(path, response, methods=["GET"]) for path, response in fixed.items()),
+        Route("/predict", predict_on_page, methods=["POST"]),
+        Route("/api/predict", predict, methods=["POST"]),
+    ]
+    return Starlette(
+        routes=[*routes, Mount(root_path, routes=routes)] if root_path else routes,
+        exception_handlers={HTTPException: _refuse, ClientDisconnect: _refuse},
+    )
+
+
+def draw_examples() -> dict[str, bytes]:
+    """A drawn photograph of each class of the demo, and a picture without blood: PNG files of
+    320x240 pixels by their names."""
+    pictures = {
+        f"drawn-{label.lower()}.png": draw_photograph(label, EXAMPLE_SEED, size=COPY_SIZE)[0]
+        for label in CLASSES
+    }
+    green, red = np.mgrid[:240, :320] * 0.75
     pictures["no-blood.png"] = np.dstack([red, green, np.full_like(red, 128)]).astype(np.uint8)
-    for name, pixels in pictures.items():
-        with atomic_path(folder / name) as temporary:
-            Image.fromarray(pixels).save(temporary)
-    return [folder / name for name in pictures]
+    return {n: cv2.imencode(".png", rgb[..., ::-1])[1].tobytes() for n, rgb in pictures.items()}
 
 
 def describe_model(run: Run, predictor: Predictor) -> ModelCard:
-    """What the page and the endpoint say of a run's model."""
-    config, table = run.config, run.table
-    train = table[table.part == "train"]
-    try:
-        metrics = read_results(run).metrics
-    except BloodcellError:  # not interpreted yet
-        metrics = None
-    n_photos = int(train.photo.nunique()) if photos_known(table) else None
+    """What the page and the endpoint say about a run's model.
+
+    Raises:
+        BloodcellError: a file of the run is damaged.
+    """
+    config, table = run.config, run.table[run.table.part != ""]
+    train, n_known = table[table.part == "train"], count_known(table)
+    scores = None
+    with suppress(MissingFileError):  # not interpreted yet
+        scores = Scores.model_validate(read_metrics(run))
     return ModelCard(
         run=run.name,
         arch=config.arch,
@@ -366,109 +318,107 @@ def describe_model(run: Run, predictor: Predictor) -> ModelCard:
         size=config.size,
         classes=list(config.classes),
         n_train_images=len(train),
-        n_train_photos=n_photos,
+        n_train_photos=photo_groups(train).nunique() if n_known else None,
         calibrated=predictor.calibration is not None,
         min_confidence=predictor.min_confidence,
-        scores=Scores(**{name: metrics[name] for name in Scores.model_fields}) if metrics else None,
-        leakage=describe_leakage(metrics["leakage"] if metrics else leakage(table)),
+        scores=scores,
+        leakage=describe_leakage(leakage(table), n_known, len(table)),
         warnings=list(all_warnings(config)),
         limits=_limits(predictor),
     )
 
 
+def describe_api(root_path: str) -> dict[str, Any]:
+    """The endpoint as an OpenAPI 3.1 document."""
+    models = (Answer, ModelCard, Refusal, Upload)
+    _, schemas = models_json_schema(
+        [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
+    )
+
+    def body(model: type[BaseModel], description: str, kind: str = "application/json") -> dict:
+        schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+        return {"description": description, "content": {kind: {"schema": schema}}}
+
+    predict = {
+        "summary": "Predict the class of images, which are deleted before the answer is sent.",
+        "requestBody": body(Upload, "The images.", "multipart/form-data") | {"required": True},
+        "responses": {
+            "200": body(Answer, "At least one file is an image."),
+            "400": body(Refusal, "No file is an image, or there is none."),
+            "413": body(Refusal, "Too many files, or too large ones."),
+        },
+    }
+    model = {"responses": {"200": body(ModelCard, "What the model is, its scores and limits.")}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "bloodcell", "version": version("bloodcell-fastai")},
+        "servers": [{"url": root_path or "/"}],
+        "paths": {"/api/model": {"get": model}, "/api/predict": {"post": predict}},
+        "components": {"schemas": schemas["$defs"]},
+    }
+
+
 def _limits(predictor: Predictor) -> list[str]:
-    """Where the model ends, in plain words."""
-    classes = ", ".join(predictor.config.classes)
     limits = [
-        "A research tool and no medical device: nothing it says may enter a decision about a "
-        "person.",
-        f"It knows {classes} and nothing else: whatever it is shown, it answers with one of them.",
-        "It learnt from the photographs of its training set. Another laboratory's stain, "
-        "microscope or camera can make it worse by any amount: try it on labelled photographs "
-        "of your own first.",
-        "A heat map shows which parts of the image spoke for the class, not why, and not the "
-        "outline of a cell.",
+        "This is a research tool and no medical device. Do not use its results in decisions about "
+        "a person.",
+        f"The model knows only {', '.join(predictor.classes)}: it predicts one of them for any "
+        "image.",
+        "It learned from the photographs of its training set. With another stain, microscope or "
+        "camera it can be much worse: test it on labelled photographs of your own first.",
+        "A heat map shows which parts of the image support the predicted class. It does not show "
+        "why, and it does not outline a cell.",
     ]
     if predictor.reference is not None:
-        limits.insert(
-            2,
-            f"{UNLIKE.capitalize()!r} marks images further from the training images than "
-            f"{percent(KNOWN_SHARE, 0)} of the validation images were. It catches much that is "
-            "foreign, not all of it, and some that is not.",
+        limits.append(
+            f'The flag "{UNLIKE}" marks images further from the training images than '
+            f"{percent(IN_DISTRIBUTION, 0)} of the validation images. It misses some foreign "
+            "images and marks some familiar ones."
         )
     if predictor.calibration is None:
-        limits.append("Its probabilities are not calibrated: it may be surer than it should be.")
+        limits.append("Its probabilities are not calibrated: the confidence may be too high.")
     return limits
 
 
-def _answer(service: Service, batch: Batch, names: dict[str, str]) -> Answer:
-    """A batch in the words of the endpoint; ``names`` of the files by their paths."""
-    classes = service.card.classes
-    nearest = service.nearest(batch.features, 1)
-    predictions = [
-        Prediction(
-            file=names[row["path"]],
-            predicted=row["predicted"],
-            confidence=row["confidence"],
-            flag=row["flag"],
-            probabilities={name: row[f"p_{name}"] for name in classes},
-            distance=row.get("distance"),
-            nearest_label=photos.label.iloc[0] if len(photos) else None,
-        )
-        for row, photos in zip(batch.table.to_dict("records"), nearest, strict=True)
-    ]
-    return Answer(
-        predictions=predictions,
-        errors=[FileError(file=names[path], error=NO_IMAGE) for path in batch.unreadable],
-    )
+@asynccontextmanager
+async def _uploads(
+    request: Request, examples: Mapping[str, bytes] | None = None
+) -> AsyncIterator[list[UploadFile]]:
+    """The files of a form, or the example that it names; reading stops where it is too large.
+
+    Raises:
+        HTTPException: there are no files, too many, or too large ones.
+    """
+    left, announced = MAX_BODY, int(request.headers.get("content-length", 0))
+
+    async def receive() -> Message:
+        nonlocal left
+        if announced <= MAX_BODY:
+            message = await request.receive()
+            left -= len(message.get("body", b""))
+            if left >= 0:
+                return message
+        raise HTTPException(413, f"Send at most {MAX_BODY // 10**6} MB at a time.")
+
+    async with Request(request.scope, receive).form() as form:
+        files = [file for file in form.getlist("files") if isinstance(file, UploadFile)]
+        if examples and (name := str(form.get("example"))) in examples:
+            files = [UploadFile(BytesIO(examples[name]), filename=name)]
+        if not files:
+            raise HTTPException(400, f"Send 1 to {MAX_FILES} images, each in a field named files.")
+        if len(files) > MAX_FILES:
+            raise HTTPException(413, f"These are {len(files)} files: send at most {MAX_FILES}.")
+        for file in files:
+            if (megabytes := (file.size or 0) / 10**6) > MAX_FILE_MB:
+                too_large = f"{file.filename} has {megabytes:.1f} MB"
+                raise HTTPException(413, f"{too_large}: send files of at most {MAX_FILE_MB} MB.")
+        yield files
 
 
-def _cards(service: Service, paths: Sequence[str]) -> tuple[list[dict], list[str]]:
-    """What the page shows of each image, and the names of the files that are none."""
-    batch = service.predict(paths)
-    rows = batch.table.to_dict("records")
-    heat = service.heat_maps(batch.table.path.tolist())
-    nearest = service.nearest(batch.features, NEAREST)
-    cards = [
-        row
-        | {
-            "file": Path(row["path"]).name,
-            "image": picture(row["path"]),
-            "heat": None
-            if warm is None
-            else picture(row["path"], warm, service.predictor.config.crop),
-            "bars": sorted(
-                ((name, row[f"p_{name}"]) for name in service.card.classes),
-                key=lambda bar: -bar[1],
-            ),
-            "photographs": [
-                photo | {"image": picture(photo["path"])} for photo in photos.to_dict("records")
-            ],
-        }
-        for row, warm, photos in zip(rows, heat, nearest, strict=True)
-    ]
-    return cards, [Path(path).name for path in batch.unreadable]
-
-
-def _refuse(names: Sequence[str], sizes: Sequence[int]) -> str | None:
-    """Why so many files, or files of so many bytes, are not taken; None if they are."""
-    if len(names) > MAX_FILES:
-        return f"These are {len(names)} files: send at most {MAX_FILES} at a time."
-    for name, size in zip(names, sizes, strict=True):
-        if size > MAX_FILE_MB * 10**6:
-            megabytes = size / 10**6
-            return f"{name} has {megabytes:.0f} MB: send files of at most {MAX_FILE_MB} MB."
-    return None
-
-
-async def _left_where_it_is(path: str) -> str:
-    return path
-
-
-def _store(file: UploadFile, path: Path) -> str:
-    with path.open("wb") as copy:
-        copyfileobj(file.file, copy)
-    return str(path)
+async def _refuse(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+    return Response(status_code=400)  # whoever asked has gone
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -478,26 +428,5 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise BloodcellError(
             f"Cannot listen at {host}, port {port}: {error.strerror}.",
-            "Give another --port, 0 for a free one, or a --host of this machine.",
+            "Choose another `port`, 0 for a free one, or a `host` of this machine.",
         ) from None
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let a service manager's SIGTERM clean up as well."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _theme() -> gr.themes.Base:
-    """System fonts, for Gradio's own are fetched from Google; and grey that can be read."""
-    theme = gr.themes.Base(primary_hue="blue", font=FONT, font_mono=MONO)
-    return theme.set(body_text_color_subdued="*neutral_600")
-
-
-def _template():
-    """The fragments of the page, each a function that returns escaped HTML."""
-    return load_template("serving", "page.html.jinja").module

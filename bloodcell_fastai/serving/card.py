@@ -1,19 +1,17 @@
 """The model card of an export: a README with the metadata the Hugging Face Hub reads."""
 
 from pathlib import Path
-from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 
-from ..analysis.interpretation import read_metrics
-from ..analysis.report import fit_command
-from ..config import Config
-from ..data.splits import leakage
-from ..training.ready import READY, Source, ready_source
-from ..training.runs import Run
-from ..training.workflow import describe_leakage
+from ..config import ResolvedConfig
+from ..data.splits import count_known, describe_leakage, leakage, photo_groups
+from ..evaluation.interpretation import read_metrics
+from ..evaluation.report import reproduce_command
+from ..model.pretrained import PRETRAINED, Source, pretrained_source
+from ..model.runs import Run
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 HEADLINES = {  # of metrics.json: what the card calls them
@@ -23,25 +21,28 @@ HEADLINES = {  # of metrics.json: what the card calls them
 
 
 def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
-    """The card of a run's model: data, split, leakage, scores, limits and how to use it.
+    """The card of a run's model: data, split, leakage, metrics, limits and how to use it.
 
-    It follows the model cards of Mitchell et al. (2019) and says of every score what it was
+    It follows the model cards of Mitchell et al. (2019) and says of every metric what it was
     measured on. Paths of this machine stay out of it.
 
     Args:
-        run: a run with a model. Scores are those of its ``metrics.json``; without it the card
+        run: a run with a model. Metrics are those of its ``metrics.json``; without it the card
             says that the model was not evaluated.
-        format: of the export, for the lines on how to use it.
-        repo_id: where on the Hub it will be; the lines say so.
+        format: of the export, for the section on how to use it.
+        repo_id: where on the Hub it will be; the section says so.
 
     Returns:
         Markdown with a YAML block.
+
+    Raises:
+        BloodcellError: a file of the run is missing or damaged.
     """
-    config, table = run.config, run.table
-    metrics = _metrics(run)
+    config, table = run.config, run.table[run.table.part != ""]
+    metrics = read_metrics(run) if (run.path / "metrics.json").is_file() else {}
+    n_known = count_known(table)
+    source = pretrained_source(run.path)
     name = repo_id.split("/")[1] if repo_id else run.name
-    share = leakage(table)  # None if the photographs are not known
-    source = ready_source(run.path)
     card = ModelCard.from_template(
         _metadata(config, metrics, format, name, source),
         template_path=str(TEMPLATE),
@@ -50,84 +51,60 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
         format=format,
         address=f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER",
         source=source,
-        command=fit_command(config),
-        dataset=_dataset_name(config),
-        images={part: int(n) for part, n in table.part.value_counts().items()},
-        photos={} if share is None else table.groupby("part").photo.nunique().to_dict(),
-        leakage=describe_leakage(metrics["leakage"] if metrics else share),
+        command=reproduce_command(run),
+        dataset=Path(config.data).name,
+        images=table.part.value_counts().to_dict(),
+        photos=photo_groups(table).groupby(table.part).nunique().to_dict() if n_known else {},
+        leakage=describe_leakage(leakage(table), n_known, len(table)),
         metrics=metrics,
-        headlines=[(title, *_interval(metrics, key)) for key, title in HEADLINES.items()]
-        if metrics
-        else [],
+        headlines=HEADLINES,
         calibration=run.calibration,
-        first_terms=_first_terms(config),
+        initial_terms=_initial_terms(config),
         epochs=len(run.history),
-        figure=_figure,
     )
     return f"{card}\n"
 
 
 def _metadata(
-    config: Config, metrics: dict | None, format: str, name: str, source: Source | None
+    config: ResolvedConfig, metrics: dict, format: str, name: str, source: Source | None
 ) -> ModelCardData:
-    """The YAML block. It names no licence but that of a model which comes with the package: for
-    others that is for whoever publishes the weights to say."""
-    first = _first_weights(config)
-    scores: dict[str, Any] = {}
-    if metrics:
-        scores = {
-            "model_name": name,
-            "eval_results": [
-                EvalResult(
-                    task_type="image-classification",
-                    dataset_type="imagefolder",
-                    dataset_name=f"{_dataset_name(config)}, split {config.split}",
-                    dataset_split="validation",
-                    metric_type="accuracy",
-                    metric_name=title,
-                    metric_value=round(metrics[key], 4),
-                )
-                for key, title in HEADLINES.items()
-            ],
-        }
+    """The YAML block. It names a licence only for pretrained models that ship with the package:
+    for others that is for whoever publishes the weights to say."""
+    initial = _imagenet_weights(config)
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="imagefolder",
+            dataset_name=f"{Path(config.data).name}, split {config.split}",
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=title,
+            metric_value=round(metrics[key], 4),
+        )
+        for key, title in HEADLINES.items()
+        if metrics
+    ]
     return ModelCardData(
-        library_name="bloodcell-fastai" if format == "ready" else format,
+        library_name="bloodcell-fastai" if format == "bundle" else format,
         license=source.licence if source else None,
         pipeline_tag="image-classification",
         tags=["image-classification", "medical", "blood-cells", "bloodcell-fastai"],
-        base_model=first.hf_hub_id if first else None,
-        **scores,
+        base_model=initial.hf_hub_id if initial else None,
+        eval_results=results or None,
+        model_name=name if results else None,
     )
 
 
-def _first_weights(config: Config) -> PretrainedCfg | None:
-    """timm's own account of the ImageNet weights a run started from; None if it did not."""
-    from_imagenet = config.weights_used == f"imagenet ({config.arch})"
+def _imagenet_weights(config: ResolvedConfig) -> PretrainedCfg | None:
+    """timm's description of the ImageNet weights a run started from; None if it did not."""
+    from_imagenet = config.initial_weights == f"imagenet ({config.arch})"
     return timm.get_pretrained_cfg(config.arch) if from_imagenet else None
 
 
-def _first_terms(config: Config) -> str:
-    """Licence and images of the first weights, in brackets; empty if they are not known."""
-    if first := _first_weights(config):
-        return f" ({first.license}, trained on ImageNet)"
-    if source := READY.get(config.weights_used.partition(" ")[0]):
+def _initial_terms(config: ResolvedConfig) -> str:
+    """Licence and images of the initial weights, in brackets; empty if they are not known."""
+    if initial := _imagenet_weights(config):
+        return f" ({initial.license}, trained on ImageNet)"
+    if source := PRETRAINED.get(config.initial_weights.partition(" ")[0]):
         return f" ({source.licence}, trained on the images of {source.citation})"
     return ""
-
-
-def _metrics(run: Run) -> dict | None:
-    return read_metrics(run) if (run.path / "metrics.json").is_file() else None
-
-
-def _dataset_name(config: Config) -> str:
-    """The folder's name alone: the rest of its path is nobody's business."""
-    return Path(config.data).name or "unnamed"
-
-
-def _interval(metrics: dict, key: str) -> tuple[str, str, str]:
-    low, high = metrics[f"{key}_ci95"]
-    return f"{metrics[key]:.2%}", f"{low:.2%}", f"{high:.2%}"
-
-
-def _figure(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
