@@ -35,6 +35,7 @@ autodoc_default_options = {
     "members": True,
     "member-order": "bysource",
     "special-members": "__call__",
+    "exclude-members": "model_config",  # pydantic's
 }
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -47,8 +48,8 @@ python_maximum_signature_line_length = 88
 
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(?!bloodcell_fastai\.).*\..*|Learner"),  # other libraries'
-    ("py:class", r"bloodcell_fastai\.processes\.(T|Items)"),  # type variables
+    ("py:.*", r"(?!bloodcell_fastai\.).*\..*|Learner|BaseModel"),  # other libraries'
+    ("py:class", r"bloodcell_fastai\.(config\.T|distributed\.T|files\.Model)"),  # type variables
 ]
 
 # Texts that lie beside what they describe, where code hosting sites show them, are pages here too.
@@ -80,9 +81,9 @@ def borrow(app, docname: str, source: list[str]) -> None:
 def find_public(app, env, node, contnode):
     """Where a name of ``bloodcell_fastai`` is described: on the page of the module it is from."""
     name = node["reftarget"].removeprefix("bloodcell_fastai.")
-    if node.get("refdomain") != "py" or name not in bloodcell_fastai._PUBLIC:
+    if node.get("refdomain") != "py" or name not in bloodcell_fastai._MODULES:
         return None
-    target = f"bloodcell_fastai.{bloodcell_fastai._PUBLIC[name]}.{name}"
+    target = f"bloodcell_fastai.{bloodcell_fastai._MODULES[name]}.{name}"
     python = env.domains["py"]
     return python.resolve_xref(
         env, node["refdoc"], app.builder, node["reftype"], target, node, contnode

@@ -3,7 +3,6 @@
 import ast
 import doctest
 import importlib
-import pkgutil
 import re
 import shlex
 import shutil
@@ -23,8 +22,10 @@ from typer.exceptions import TyperException
 
 import bloodcell_fastai
 from bloodcell_fastai import cli
+from bloodcell_fastai.config import options_table
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(bloodcell_fastai.__file__).parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
     *(ROOT / name for name in ("data/README.md", "bloodcell_fastai/weights/pbc/README.md")),
@@ -52,30 +53,33 @@ def folder(tmp_path_factory, demo_root, trained) -> Path:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_examples_of_every_public_name(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    thing = getattr(bloodcell_fastai, name)
-    assert "\nExamples:\n" in (thing.__doc__ or "").replace("    ", "")
-    own, *others = doctest.DocTestFinder().find(thing, name, globs={})
-    assert own.examples
-    for test in (own, *others):
+    found = doctest.DocTestFinder().find(getattr(bloodcell_fastai, name), name, globs={})
+    assert any(test.examples for test in found)
+    for test in found:  # of a class, its methods' too
         shown = []
         failed, _ = doctest.DocTestRunner().run(test, out=shown.append)
         assert not failed, "".join(shown)
 
 
-def test_every_public_name_has_its_place_in_the_api_reference():
-    listed = re.findall(r"~bloodcell_fastai\.([\w.]+)\.(\w+)", API["index"])
-    assert dict(map(reversed, listed)) == bloodcell_fastai._PUBLIC
-    assert len(listed) == len(PUBLIC)
-    for name in PUBLIC:  # else automodule passes over it
-        thing = getattr(bloodcell_fastai, name)
-        assert thing.__module__ == f"bloodcell_fastai.{bloodcell_fastai._PUBLIC[name]}"
+def test_the_api_reference_lists_every_public_name_where_it_is_defined():
+    listed = re.findall(r"~(bloodcell_fastai[\w.]+)\.(\w+)", API["index"])
+    assert sorted(name for _, name in listed) == sorted(PUBLIC)
+    for module, name in listed:  # automodule skips what a module only imports
+        assert getattr(bloodcell_fastai, name).__module__ == module
 
 
-def test_every_module_is_in_the_api_reference():
-    found = pkgutil.walk_packages(bloodcell_fastai.__path__, "bloodcell_fastai.")
-    modules = {module.name for module in found if not module.ispkg}
-    listed = re.findall(r"automodule:: (\S+)", "".join(API.values()))
-    assert sorted(listed) == sorted(modules - {"bloodcell_fastai.cli", "bloodcell_fastai.__main__"})
+def test_the_api_reference_and_the_map_of_the_code_list_every_module():
+    files = {path for path in PACKAGE.rglob("*.py") if has_code(path)}
+    assert sorted(code_map()) == sorted(files)
+    documented = re.findall(r"automodule:: (\S+)", "".join(API.values()))
+    doors = {PACKAGE / name for name in ("cli.py", "__init__.py", "__main__.py")}
+    assert sorted(documented) == sorted(map(module_name, files - doors))
+
+
+def test_the_table_of_options_is_that_of_the_declaration():
+    text = (ROOT / "docs" / "training.md").read_text()
+    (table,) = re.findall(r"<!-- options -->\n(.*?)<!-- /options -->", text, re.DOTALL)
+    assert table == options_table()
 
 
 @each_page
@@ -119,7 +123,7 @@ def test_python_compiles_and_imports_what_exists(page):
 
 
 def test_the_readme_and_the_api_show_commands():
-    """Else the tests above would look at nothing."""
+    """Otherwise the tests above would check nothing."""
     shown = [command for page in PAGES for command in commands(page)]
     assert {words[1] for words in shown if words[0] == "bloodcell"} >= set(command_line().commands)
     assert any(words[:1] == ["python"] for words in shown)
@@ -137,6 +141,30 @@ def test_the_citation_names_what_it_must():
         assert isinstance(reference["year"], int)
 
 
+def code_map() -> Iterator[Path]:
+    """Python files in the map of the contributors' page, a tree by indentation."""
+    text = (ROOT / "docs" / "contributing.md").read_text()
+    (block,) = re.findall(r"```text\nbloodcell_fastai/\n(.*?)```", text, re.DOTALL)
+    folders = [PACKAGE]
+    for indent, name in re.findall(r"^( +)(\S+)", block, re.MULTILINE):
+        depth = len(indent) // 2
+        path = folders[depth - 1] / name
+        assert path.exists(), name
+        folders[depth:] = [path]
+        if path.suffix == ".py":
+            yield path
+
+
+def has_code(path: Path) -> bool:
+    """More than the docstring that a package begins with."""
+    return len(ast.parse(path.read_text()).body) > 1
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
 def tokens(page: Path) -> list[Token]:
     """Of a markdown page, those inside paragraphs too."""
     top = MARKDOWN.parse(page.read_text())
@@ -144,7 +172,7 @@ def tokens(page: Path) -> list[Token]:
 
 
 def links(page: Path) -> list[str]:
-    """Targets of the links and pictures of a page, as they are written."""
+    """Targets of the links and images of a page, as they are written."""
     found = (token.attrGet("href") or token.attrGet("src") for token in tokens(page))
     return list(filter(None, found))
 

@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom without a network, and show what they say."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bloodcell_fastai.cli import app
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PLOTS = re.compile(r"\b(plot_\w+|show_batch|contact_sheet)\(")
 
 
 @pytest.fixture
@@ -39,16 +41,23 @@ def executed(tmp_path, monkeypatch):
             if output.get("name") == "stderr"
         ]
         assert complaints == []
+        plotting = [cell for cell in notebook.cells if PLOTS.search(cell.source)]
+        assert plotting
+        assert [cell.source for cell in plotting if not shows_an_image(cell)] == []
         return json.loads(notebook.cells[-1].outputs[-1].text)
 
     return execute
+
+
+def shows_an_image(cell) -> bool:
+    return any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
 @pytest.mark.slow
 def test_the_quick_start_learns_and_predicts(executed):
     seen = executed(
         "01_quick_start.ipynb",
-        """{"leakage": leakage(table), "weights": learn.weights_used, "row": row.label,
+        """{"leakage": leakage(table), "weights": learn.initial_weights, "row": row.label,
             "accuracy": metrics["accuracy"], "probabilities": probabilities.tolist(),
             "predicted": predicted, "classes": list(dls.vocab)}""",
     )
@@ -74,7 +83,7 @@ def test_the_random_split_is_seen_to_reward_memory(executed):
 def test_the_exported_file_answers_as_the_learner(executed):
     seen = executed(
         "03_your_own_cells.ipynb",
-        """{"accuracy": result.metrics["accuracy"], "classes": classes, "images": len(of_file),
+        """{"accuracy": interp.metrics["accuracy"], "classes": classes, "images": len(of_file),
             "agree": agree, "difference": difference}""",
     )
     assert seen["classes"] == ["lymphocyte", "monocyte", "neutrophil"]
