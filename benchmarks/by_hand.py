@@ -2,9 +2,9 @@
 
     python benchmarks/by_hand.py DATA [--techniques plain "random erasing" ...] [--epochs 3]
 
-Each is put into the learner by hand, as in a notebook: one cycle of all layers after an epoch of
-the head alone, on the folds of TRAIN's photographs that ``honest.py`` makes, and scored as there
-against the first. No epoch is chosen: what the last one leaves is scored.
+Each is put into the learner by hand, as in a notebook: an epoch of the head alone, then one cycle
+of all layers, on the folds of TRAIN's photographs that ``honest.py`` makes. The last epoch is
+scored, and compared with the first technique as there.
 """
 
 import argparse
@@ -14,25 +14,36 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.mixup import CutMix
-from fastai.vision.all import Callback, Learner, RandomErasing, set_seed
-from honest import few_copies, print_table, write_folder
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.vision.all import Callback, Learner, RandomErasing, TrainEvalCallback, set_seed
+from honest import few_copies, print_table, read_predictions, write_folder
 from timm.utils import ModelEmaV3
 
 from bloodcell_fastai import (
+    BloodInterpretation,
     augmentation,
     blood_dls,
     blood_learner,
     open_dataset,
     timm_model,
-    with_photos,
 )
-from bloodcell_fastai.analysis.evaluation import Evaluation, evaluate
 from bloodcell_fastai.data.splits import split_folds
+from bloodcell_fastai.evaluation.metrics import Evaluation
+
+
+class FreezeNorm(Callback):
+    """Batch normalisation keeps the statistics of the initial weights."""
+
+    order = TrainEvalCallback.order + 1
+
+    def before_train(self):
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
 
 
 class AverageWeights(Callback):
-    """The exponential moving average of the weights takes their place when training ends."""
+    """The exponential moving average of the weights replaces them when training ends."""
 
     def before_fit(self):
         self.average = ModelEmaV3(timm_model(self.learn), decay=0.98, use_warmup=True)
@@ -45,14 +56,14 @@ class AverageWeights(Callback):
 
 
 def by_stage(model: torch.nn.Sequential) -> list[list[torch.nn.Parameter]]:
-    """Parameter groups: the stem, the stages one by one, the head."""
+    """Parameter groups: the stem, each stage, the head."""
     network = model[0].model
     head = torch.nn.ModuleList([network.norm, network.head])
     return [list(part.parameters()) for part in (network.stem, *network.stages, head)]
 
 
 def layer_wise(learn: Learner) -> None:
-    """Rates that fall from the head to the stem, in steps of about a half."""
+    """Learning rates that fall from the head to the stem, in steps of about a half."""
     learn.splitter = by_stage
     learn.rates = slice(1e-3 / 30, 1e-3)
 
@@ -67,13 +78,13 @@ def leave(learn: Learner) -> None:
 
 
 def originals(split: pd.DataFrame, photographs: dict[str, str]) -> pd.DataFrame:
-    """Every training copy gives way to its photograph; the images validated on stay copies."""
-    given_way = (split.part == "train") & split.photo.isin(photographs.keys())
-    return split.assign(path=split.path.mask(given_way, split.photo.map(photographs)))
+    """Every training copy is replaced by its photograph; validation images stay copies."""
+    replaced = (split.part == "train") & split.photo.isin(photographs.keys())
+    return split.assign(path=split.path.mask(replaced, split.photo.map(photographs)))
 
 
 def half_originals(split: pd.DataFrame, photographs: dict[str, str]) -> pd.DataFrame:
-    """Every second training copy of a photograph gives way to it."""
+    """Every second training copy of a photograph is replaced by it."""
     second = split.groupby(["photo", "label"]).cumcount() % 2 == 1
     return split.assign(path=originals(split, photographs).path.where(second, split.path))
 
@@ -84,28 +95,40 @@ class Technique:
 
     batches: dict = field(default_factory=dict)
     learner: dict = field(default_factory=dict)
-    change: Callable[[Learner], None] = leave  # what is done to it before the long cycle
+    change: Callable[[Learner], None] = leave  # before the long cycle
     images: Callable[[pd.DataFrame, dict[str, str]], pd.DataFrame] = lambda split, _: split
+
+
+def augmented(transforms: list) -> Technique:
+    """Another augmentation."""
+    return Technique({"batch_tfms": transforms})
 
 
 TECHNIQUES = {
     "plain": Technique(),
-    "random erasing": Technique({"batch_tfms": [*augmentation(), RandomErasing(p=0.5)]}),
+    "random erasing": augmented([*augmentation(), RandomErasing(p=0.5)]),
+    "fastai's augmentation": augmented(augmentation(stain=0, sharpness=0, noise=0)),
+    "no rotation": augmented(augmentation(rotate=0)),
+    "no light": augmented(augmentation(lighting=0)),
+    "no noise": augmented(augmentation(noise=0)),
     "no label smoothing": Technique(learner={"label_smoothing": 0.0}),
+    "ten times the decay": Technique(learner={"wd": 0.1}),
+    "frozen norm": Technique(learner={"cbs": FreezeNorm}),
     "layer-wise rates": Technique(change=layer_wise),
     "average of weights": Technique(change=add(AverageWeights)),
     "cutmix": Technique(change=add(CutMix)),
+    "mixup": Technique(change=add(lambda: MixUp(0.2))),
     "originals": Technique(images=originals),
     "half originals": Technique(images=half_originals),
 }
 
 
 def predicted(technique: str, split: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
-    """Train on one split; the predictions for its validation part."""
+    """Train on one split and predict its validation images."""
     made = TECHNIQUES[technique]
     set_seed(42)
     dls = blood_dls(split, size=args.size, bs=32, **made.batches)
-    learn = blood_learner(dls, wd=0.01, **made.learner)
+    learn = blood_learner(dls, **({"wd": 0.01} | made.learner))
     learn.rates = slice(1e-3 / 3, 1e-3)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, 1e-3)
@@ -113,20 +136,20 @@ def predicted(technique: str, split: pd.DataFrame, args: argparse.Namespace) -> 
         made.change(learn)
         learn.create_opt()
         learn.fit_one_cycle(args.epochs - 1, learn.rates)
-    return evaluate(learn).predictions
+    return BloodInterpretation.from_learner(learn).predictions
 
 
 def cross_validated(
     technique: str, table: pd.DataFrame, photographs: dict[str, str], args: argparse.Namespace
 ) -> Evaluation:
-    """The pooled predictions of a technique; what is finished is not done again."""
+    """The pooled predictions of a technique, which are kept in a file."""
     how = f"{args.copies}-copies-{args.folds}-folds-{args.epochs}-epochs-{args.size}-px"
     file = args.out / f"{technique.replace(' ', '-')}-{how}.csv"
     if not file.exists():
         images = TECHNIQUES[technique].images
         folds = [images(split, photographs) for split in split_folds(table, args.folds, 42)]
         pd.concat([predicted(technique, split, args) for split in folds]).to_csv(file, index=False)
-    return Evaluation(pd.read_csv(file), tuple(sorted(set(table.label))))
+    return read_predictions(file, tuple(sorted(set(table.label))))
 
 
 def main() -> None:
@@ -143,10 +166,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     dataset = open_dataset(args.data, home=args.out / "data")
-    table = with_photos(dataset.table, dataset.root)
-    few = few_copies(table[table.subset == "TRAIN"], args.copies, per_class=10_000)
-    folder = open_dataset(str(write_folder(few, args.out / f"train-{args.copies}")))
-    images = with_photos(folder.table, folder.root)
+    train = dataset.table.query("subset == 'TRAIN'")
+    few = few_copies(train, args.copies, per_class=10_000)
+    images = open_dataset(write_folder(few, args.out / f"train-{args.copies}")).table
     photographs = {path.stem: str(path) for path in dataset.originals}
     results = {name: cross_validated(name, images, photographs, args) for name in args.techniques}
     print_table(f"{args.folds} folds, {args.epochs} epochs, {args.size} px", results)

@@ -1,4 +1,4 @@
-"""What the timing scripts share: the images, turns, medians, and the plain fastai side."""
+"""What the timing scripts share: images, rounds and medians, and the plain fastai side."""
 
 import argparse
 import contextlib
@@ -28,15 +28,14 @@ from fastai.vision.all import (
     aug_transforms,
 )
 
-from bloodcell_fastai import augmentation, blood_dls, open_dataset, split_table, with_photos
+from bloodcell_fastai import augmentation, blood_dls, make_demo, open_dataset, split_table
 from bloodcell_fastai.config import DEFAULT_ARCH
-from bloodcell_fastai.data.smears import make_demo
 
 warnings.filterwarnings("ignore")
 
 
 def arguments(doc: str, **defaults) -> argparse.Namespace:
-    """The options all scripts take; ``defaults`` in place of the usual ones, and further ones."""
+    """The options of all scripts; ``defaults`` replaces some of them and adds others."""
     usual = {"data": "", "arch": DEFAULT_ARCH, "size": 256, "repeats": 3}
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     for name, default in (usual | defaults).items():
@@ -45,13 +44,12 @@ def arguments(doc: str, **defaults) -> argparse.Namespace:
 
 
 def read_table(data: str, n_train: int, n_valid: int) -> pd.DataFrame:
-    """An image table with so many images on each side; of the drawn demo set by default."""
+    """An image table with so many training and validation images; demo images by default."""
     root = Path(tempfile.mkdtemp(prefix="bench-"))
     os.environ.setdefault("BLOODCELL_CACHE", str(root / "cache"))
     if not data:
         data = str(make_demo(root / "demo", photos_per_class=24, copies=8))
-    dataset = open_dataset(data, home=root)
-    table = split_table(with_photos(dataset.table, dataset.root), "random")
+    table = split_table(open_dataset(data, home=root).table, "random")
     parts = [(table[table.part == part], n) for part, n in (("train", n_train), ("valid", n_valid))]
     return pd.concat(
         [rows.sample(n, random_state=0, replace=len(rows) < n) for rows, n in parts],
@@ -78,7 +76,7 @@ def plain_dls(table: pd.DataFrame, arch: str, size: int, bs: int) -> ImageDataLo
 
 
 def our_dls(table: pd.DataFrame, arch: str, size: int, bs: int = 64) -> DataLoaders:
-    """Our batches of the pictures that ``plain_dls`` shows: whole, and augmented as fastai does."""
+    """Our batches of what ``plain_dls`` shows: whole images with fastai's own augmentation."""
     same = augmentation(zoom=1.1, lighting=0.2, stain=0, sharpness=0, noise=0)
     return blood_dls(table, arch, size, bs, crop="frame", batch_tfms=same)
 
@@ -89,8 +87,8 @@ def plain_learner(dls: ImageDataLoaders, model: torch.nn.Module) -> Learner:
 
 
 def in_turn(cases: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Medians of what each case returns, measured in turn so that the machine's moods hit all
-    alike. A first round warms up and is not counted."""
+    """Medians of what each case returns. The cases run in turn, so that other load on the machine
+    affects all of them; a first round warms up and is not counted."""
     rounds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(repeats + 1):
         for name, case in cases.items():
@@ -102,7 +100,7 @@ def in_turn(cases: dict[str, Callable[[], float]], repeats: int) -> dict[str, fl
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of ``work``, the device's included, its prints and progress bars swallowed."""
+    """Wall time of ``work``, that of the device included; its output is not shown."""
     synchronise()
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -118,7 +116,7 @@ def synchronise() -> None:
 
 
 def machine() -> str:
-    """Where and with what this was measured, in a line."""
+    """Device and versions of the libraries, in a line."""
     device = f"{os.cpu_count()} CPU cores"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

@@ -1,13 +1,16 @@
-"""How much around the nucleus should the network see? Frozen features and a linear classifier.
+"""How large should the crop around the nucleus be? Frozen features and a linear classifier.
 
     python benchmarks/crop_side.py KAGGLE PBC --weights LITE0.safetensors [--sides 2.4 1.8 1.4]
 
-EfficientNet-Lite0 with ImageNet weights is the judge, because it has seen neither laboratory. For
-each side of the cut, in square roots of the nucleus's area, a logistic regression on its features
-is scored on grouped folds of the photographs behind Kaggle's TRAIN, measured against the first
-side as ``honest.py`` does it; then, as the share of right images and the balanced accuracy, on
-folds of the other set with all its classes, and from one laboratory to the other with the classes
-they share. TEST is not looked at.
+The features are those of EfficientNet-Lite0 with ImageNet weights, which has seen neither data set.
+For each side of the crop, in square roots of the nucleus's area, a logistic regression is scored
+
+- on grouped folds of the photographs behind Kaggle's TRAIN, and compared with the first side as in
+  ``honest.py``;
+- by accuracy and balanced accuracy on folds of the other data set with all its classes;
+- by the same from one data set to the other, with the classes that both have.
+
+TEST is not used.
 """
 
 import argparse
@@ -16,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import timm
-import torch
 from honest import few_copies, print_table
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
@@ -25,21 +27,28 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bloodcell_fastai import open_dataset, with_photos
-from bloodcell_fastai.analysis.evaluation import Evaluation, prediction_table
-from bloodcell_fastai.data import framing
-from bloodcell_fastai.data.blocks import image_dls
-from bloodcell_fastai.data.cell_names import match_classes
+from bloodcell_fastai import Predictor, open_dataset
+from bloodcell_fastai.data import crop
+from bloodcell_fastai.data.class_names import match_classes
+from bloodcell_fastai.data.splits import photo_groups
+from bloodcell_fastai.device import pick_device
+from bloodcell_fastai.evaluation.metrics import Evaluation, labelled_predictions
 
 ARCH = "tf_efficientnet_lite0"
 
 
-@torch.inference_mode()
-def features(network: torch.nn.Module, table: pd.DataFrame) -> np.ndarray:
-    """What the network makes of each image, float32 (n, 1280)."""
-    dls = image_dls(table.path, arch=ARCH, size=128)
-    network.to(dls.device)
-    return torch.cat([network(images).cpu() for (images,) in dls.valid]).numpy()
+def read_network(weights: str) -> Predictor:
+    """The network with weights of a file, except those of its classifier, which is not used."""
+    network = timm.create_model(ARCH, num_classes=1)
+    state = {k: v for k, v in load_file(weights).items() if not k.startswith("classifier.")}
+    network.load_state_dict(state, strict=False)
+    device = pick_device()
+    return Predictor(network, ARCH, 128, "cell", ["none"], device=device, full_precision=True)
+
+
+def features(network: Predictor, table: pd.DataFrame) -> np.ndarray:
+    """Features of each image, float32 (n, 1280)."""
+    return network.predict_all(table.path).features.numpy()
 
 
 def classifier() -> Pipeline:
@@ -50,16 +59,22 @@ def classifier() -> Pipeline:
 
 def on_folds(table: pd.DataFrame, found: np.ndarray) -> Evaluation:
     """The pooled predictions of five folds that keep photographs whole."""
-    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    folds, photos = StratifiedGroupKFold(5, shuffle=True, random_state=0), photo_groups(table)
     probabilities = cross_val_predict(
-        classifier(), found, table.label, groups=table.photo, cv=folds, method="predict_proba"
+        classifier(), found, table.label, groups=photos, cv=folds, method="predict_proba"
     )
     classes = tuple(sorted(set(table.label)))
-    return Evaluation(prediction_table(table, probabilities, classes), classes)
+    predicted = {
+        "path": table.path,
+        "predicted": np.array(classes)[probabilities.argmax(axis=1)],
+        "confidence": probabilities.max(axis=1),
+    }
+    predicted |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(classes)}
+    return Evaluation(labelled_predictions(table, pd.DataFrame(predicted)), classes)
 
 
 def scores(labels: pd.Series, predicted: pd.Series | np.ndarray) -> str:
-    """The share of right images, and the balanced accuracy."""
+    """Accuracy and balanced accuracy."""
     right = np.mean(labels.to_numpy() == np.asarray(predicted))
     return f"{right:.1%} / {balanced_accuracy_score(labels, predicted):.1%}"
 
@@ -76,10 +91,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("crop_side"))
     args = parser.parse_args()
 
-    network = timm.create_model(ARCH, num_classes=0).eval()
-    network.load_state_dict(load_file(args.weights), strict=False)  # but for the classifier
-    kaggle = open_dataset(args.data, home=args.out / "data")
-    train = with_photos(kaggle.table, kaggle.root).query("subset == 'TRAIN'")
+    network = read_network(args.weights)
+    train = open_dataset(args.data, home=args.out / "data").table.query("subset == 'TRAIN'")
     train = few_copies(train, args.copies, per_class=10_000).reset_index(drop=True)
     other = open_dataset(args.other, home=args.out / "data").table
     other = few_copies(other, args.copies, args.per_class).reset_index(drop=True)
@@ -88,8 +101,8 @@ def main() -> None:
     both = ours.notna().to_numpy()
 
     on_train, elsewhere = {}, {}
-    for framing.SIDES_OF_NUCLEUS in args.sides:
-        side = f"{framing.SIDES_OF_NUCLEUS:g}"
+    for crop.SIDES_OF_NUCLEUS in args.sides:
+        side = f"{crop.SIDES_OF_NUCLEUS:g}"
         here, there = features(network, train), features(network, other)
         of_other = on_folds(other, there).predictions
         on_train[side] = on_folds(train, here)

@@ -1,16 +1,16 @@
-"""Who finds the copies of one photograph? bloodcell_fastai against known duplicate finders.
+"""Which tool finds the copies of one photograph? bloodcell_fastai and other duplicate finders.
 
     python benchmarks/duplicates.py PATH_TO_DATA
 
-PATH_TO_DATA is the unpacked Kaggle set, copies and originals, or a demo set. Peers that are
-installed are run, the others are named in the table: pip install imagehash imagededup cleanvision
+PATH_TO_DATA is the unpacked Kaggle set, copies and originals, or a demo set. Tools that are not
+installed are named in the table: pip install imagehash imagededup cleanvision
 
-The truth is the answer of bloodcell_fastai with the originals at hand, which agrees with all class
-labels although it never sees them; its own row is therefore no measurement. Two images are
-siblings when their photographs show the same field. Every method reads the copies only.
+The reference is the result of bloodcell_fastai with the originals at hand, which agrees with all
+class labels although it never sees them; its own row is therefore no measurement. Two images are
+copies of one photograph when they show the same field. Every tool reads the copies only.
 
-Hash finders run at imagededup's default distance of 10 bits of 64. Seconds are of the wall clock;
-CPU seconds, of all threads and child processes, tell more on a machine that does other work too.
+Hash finders run at imagededup's default distance of 10 bits of 64. CPU seconds, of all threads and
+child processes, are a better measure than seconds where the machine does other work too.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics.cluster import pair_confusion_matrix
 
-from bloodcell_fastai.data.provenance import find_photos, pair_scores
+from bloodcell_fastai.data.duplicates import find_photos
 
 MAX_DISTANCE = 10
 
@@ -37,36 +38,36 @@ def main() -> None:
     paths = sorted(set(data.rglob("*.jp*g")) - set(originals))
 
     rows = []
-    truth, *cost = measured(lambda: find_photos(paths, originals).photo)
-    rows.append(["bloodcell_fastai, with originals", "(the truth)", "(the truth)", *cost])
+    reference, *cost = measured(lambda: find_photos(paths, originals).photo)
+    rows.append(["bloodcell_fastai, with originals", "(reference)", "(reference)", *cost])
     found, *cost = measured(lambda: find_photos(paths).photo)
-    rows.append(
-        ["bloodcell_fastai, without originals", *map(share, pair_scores(found, truth)), *cost]
-    )
-    codes = pd.factorize(truth)[0]
-    for name, find_pairs in PEERS.items():
-        rows.append([name, *peer(find_pairs, paths, codes)])
+    (_, wrong), (missed, right) = pair_confusion_matrix(reference, found)
+    scores = right / (right + wrong), right / (right + missed)  # precision and recall of the pairs
+    rows.append(["bloodcell_fastai, without originals", *map(percent, scores), *cost])
+    codes = pd.factorize(reference)[0]
+    for name, find_pairs in TOOLS.items():
+        rows.append([name, *score_tool(find_pairs, paths, codes)])
         print(rows[-1], flush=True)
 
-    sizes = f"{len(paths):,} images, {truth.nunique():,} fields"
-    print(f"\n{sizes}, {count_pairs(codes):,} sibling pairs\n")
+    sizes = f"{len(paths):,} images, {reference.nunique():,} fields"
+    print(f"\n{sizes}, {count_pairs(codes):,} pairs of copies\n")
     print("| method | pair precision | pair recall | seconds | CPU seconds |")
     print("|---|---:|---:|---:|---:|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
-def peer(find_pairs: Callable, paths: list[Path], truth: np.ndarray) -> list[str]:
-    """Precision, recall and cost of a method, or the reason why there are none."""
+def score_tool(find_pairs: Callable, paths: list[Path], reference: np.ndarray) -> list[str]:
+    """Precision, recall and cost of a tool, or why it did not run."""
     try:
         pairs, *cost = measured(lambda: find_pairs(paths))
-    except Exception as error:  # whatever keeps a peer from running is what the table reports
+    except Exception as error:  # the table says why a tool did not run
         reason = str(error).strip().split("\n")[0][:80]
         return [f"not available: {type(error).__name__}: {reason}", "", "", ""]
     pairs = np.unique(np.sort(pairs, axis=1), axis=0)
-    hits = np.count_nonzero(truth[pairs[:, 0]] == truth[pairs[:, 1]])
-    precision = share(hits / len(pairs)) if len(pairs) else "no pairs"
-    return [precision, share(hits / count_pairs(truth)), *cost]
+    hits = np.count_nonzero(reference[pairs[:, 0]] == reference[pairs[:, 1]])
+    precision = percent(hits / len(pairs)) if len(pairs) else "no pairs"
+    return [precision, percent(hits / count_pairs(reference)), *cost]
 
 
 def measured(work: Callable) -> tuple:
@@ -86,11 +87,11 @@ def count_pairs(groups: np.ndarray) -> int:
     return int((sizes * (sizes - 1) // 2).sum())
 
 
-def share(value: float) -> str:
+def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-# Each peer: list of paths -> pairs of positions, (n, 2) int.
+# Each tool: a list of paths -> pairs of positions, (n, 2) int.
 
 
 def imagehash_phash(paths: list[Path]) -> np.ndarray:
@@ -142,7 +143,7 @@ def cleanvision(paths: list[Path]) -> np.ndarray:
     return np.array(pairs, int).reshape(-1, 2)
 
 
-PEERS = {
+TOOLS = {
     "pHash (imagehash)": imagehash_phash,
     "PHash (imagededup)": imagededup("PHash"),
     "DHash (imagededup)": imagededup("DHash"),

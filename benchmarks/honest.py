@@ -1,4 +1,4 @@
-"""Which recipe is better on photographs it has not seen? Chosen on TRAIN, tested on TEST, counted.
+"""Which recipe is better on photographs it has not seen?
 
     python benchmarks/honest.py DATA [--recipes cell frame ...] [--copies 8] -- FIT OPTIONS
     python benchmarks/honest.py DATA --across OTHER [--recipes ...] -- FIT OPTIONS
@@ -6,27 +6,24 @@
     python benchmarks/honest.py DATA --look cell --why "recipe of 1.0" -- FIT OPTIONS
 
 DATA is Kaggle's zip or its folder. What follows ``--`` goes to every ``bloodcell fit``, such as
-``--size 128 --epochs 3 --batch-size 32``. The protocol is that of docs/evaluation.md:
+``--size 128 --epochs 3 --batch-size 32``. docs/evaluation.md has the protocol:
 
-- Of each photograph behind TRAIN at most ``--copies`` copies are trained on, and of each class at
-  most ``--per-class`` images, spread evenly over its photographs.
-- Recipes are compared by cross-validation on these, the same folds for all. The first recipe is
-  the one the others are measured against, photograph by photograph: a paired bootstrap interval of
-  the difference and the exact McNemar test. A recipe whose interval holds 0 is not better.
-- ``--across OTHER`` takes recipes from one laboratory to another instead: trained on TRAIN and
-  scored on the classes that OTHER shares, and the other way round. The first weights must have seen
-  neither.
-- ``--also OTHER`` trains on TRAIN and, where the classes agree, on another data set, such as the
-  PBC set. Alone it makes a classifier for both and scores nothing on TEST; with ``--look`` the TEST
-  stays what it is.
-- ``--look`` trains one recipe on all of TRAIN, a fifth of its photographs choosing the epoch, and
-  scores it once on TEST, without the photographs whose field is in TRAIN too; what it is on all
-  photographs of TEST stands beside it, as others report it. With ``--ensemble`` all models of the
-  recipe's cross-validation answer together. The look is appended to docs/test_looks.csv, whatever
-  it shows.
+- Training uses at most ``--copies`` copies of each photograph behind TRAIN, and at most
+  ``--per-class`` images of each class, spread evenly over its photographs.
+- Recipes are compared by cross-validation on these, with the same folds for all. The others are
+  compared with the first recipe, paired by photograph: a bootstrap interval of the difference and
+  McNemar's exact test. A recipe whose interval contains 0 is not better.
+- ``--across OTHER`` compares them from one laboratory to another instead: trained on TRAIN and
+  scored on OTHER, and the other way round, with the classes that both have. The initial weights
+  must have seen neither.
+- ``--also OTHER`` trains on TRAIN and on the same classes of another data set, such as PBC. Without
+  ``--look`` nothing is scored.
+- ``--look`` evaluates one recipe once on TEST: trained on all of TRAIN, a fifth of its photographs
+  choosing the epoch. Photographs whose field is in TRAIN are left out; the figures with them stand
+  beside. With ``--ensemble`` all models of the recipe's cross-validation predict together. Every
+  evaluation is appended to docs/test_looks.csv.
 
-What is finished is not done again: the folder ``--out`` keeps the runs, those of other fit options
-or another number of folds apart.
+The folder ``--out`` keeps the runs, so that nothing is trained twice.
 """
 
 import argparse
@@ -42,34 +39,27 @@ import pandas as pd
 from common import machine
 from scipy.stats import binomtest
 
-from bloodcell_fastai import Predictor, Run, open_dataset, with_photos
-from bloodcell_fastai.analysis.evaluation import (
+from bloodcell_fastai import Predictor, Run, open_dataset
+from bloodcell_fastai.data.class_names import match_classes
+from bloodcell_fastai.data.splits import photo_groups
+from bloodcell_fastai.evaluation.metrics import (
     Evaluation,
     by_photo,
-    prediction_table,
+    labelled_predictions,
     resample_photos,
 )
-from bloodcell_fastai.data.cell_names import match_classes
 
 RECIPES = {  # what differs from the defaults of ``bloodcell fit``
     "cell": [],
     "frame": ["--crop", "frame"],
     "half the stain": ["--stain", "0.4"],
-    "fastai's augmentation": ["--stain", "0", "--sharpness", "0", "--noise", "0"],
-    "frozen norm": ["--freeze-norm"],
-    "no smoothing": ["--label-smoothing", "0"],
-    "mixup": ["--mixup", "0.2"],
-    "ten times the decay": ["--wd", "0.1"],
-    "no rotation": ["--rotate", "0"],
-    "no light": ["--lighting", "0"],
-    "no noise": ["--noise", "0"],
     "256 px": ["--size", "256"],
     "twice the epochs": ["--epochs", "6"],
     "three times the rate": ["--lr", "3e-3"],
     "random weights": ["--weights", "none"],
     "imagenet": ["--weights", "imagenet"],
 }
-LOOKS = Path(__file__).parents[1] / "docs" / "test_looks.csv"
+EVALUATIONS = Path(__file__).parents[1] / "docs" / "test_looks.csv"
 
 
 def write_folder(table: pd.DataFrame, folder: Path) -> Path:
@@ -87,8 +77,7 @@ def write_folder(table: pd.DataFrame, folder: Path) -> Path:
 
 def shared_classes(data: str, classes: list[str], home: Path) -> pd.DataFrame:
     """The images of another data set whose class is one of ours, under our names."""
-    dataset = open_dataset(data, home=home)
-    table = with_photos(dataset.table, dataset.root)
+    table = open_dataset(data, home=home).table
     names = match_classes(classes, sorted(set(table.label))).mapped
     return table.assign(label=table.label.map(names)).dropna(subset="label")
 
@@ -96,20 +85,20 @@ def shared_classes(data: str, classes: list[str], home: Path) -> pd.DataFrame:
 def few_copies(table: pd.DataFrame, copies: int, per_class: int) -> pd.DataFrame:
     """Some copies of each photograph, the same for every recipe."""
     shuffled = table.sample(frac=1, random_state=0)
-    number = shuffled.groupby(["photo", "label"]).cumcount()
+    number = shuffled.groupby([photo_groups(shuffled), "label"]).cumcount()
     in_turns = shuffled.assign(number=number).sort_values("number", kind="stable")
     return in_turns[in_turns.number < copies].groupby("label").head(per_class)
 
 
 def bloodcell(*arguments: str | Path) -> None:
-    """Run a command of the package's as a user does."""
+    """Run a command as a user does."""
     subprocess.run([sys.executable, "-m", "bloodcell_fastai", *map(str, arguments)], check=True)
 
 
 def cross_validated(recipe: str, data: Path, args: argparse.Namespace) -> Evaluation:
     """The pooled predictions of a recipe, every photograph by the model that has not seen it."""
     run = _folds(recipe, data, args)
-    return Evaluation(pd.read_csv(run.path / "predictions.csv"), run.config.classes)
+    return read_predictions(run.path / "predictions.csv", run.config.classes)
 
 
 def _folds(recipe: str, data: Path, args: argparse.Namespace) -> Run:
@@ -126,10 +115,15 @@ def _folds(recipe: str, data: Path, args: argparse.Namespace) -> Run:
 def across(recipe: str, source: Path, target: Path, args: argparse.Namespace) -> Evaluation:
     """What a recipe, trained on the images of one laboratory, predicts for those of another."""
     run = _trained("from", recipe, source, args)
-    results = run.results_on(target)
+    results = run.results_on(target.resolve())
     if not (results / "metrics.json").is_file():
         bloodcell("interpret", run.path, "--data", target)
-    return Evaluation(pd.read_csv(results / "predictions.csv"), run.config.classes)
+    return read_predictions(results / "predictions.csv", run.config.classes)
+
+
+def read_predictions(file: Path, classes: tuple[str, ...]) -> Evaluation:
+    """Predictions for labelled images that were written before."""
+    return Evaluation(pd.read_csv(file, dtype={"photo": str}, keep_default_na=False), classes)
 
 
 def _trained(what: str, recipe: str, data: Path, args: argparse.Namespace) -> Run:
@@ -144,7 +138,7 @@ def _trained(what: str, recipe: str, data: Path, args: argparse.Namespace) -> Ru
 
 
 def print_table(title: str, results: dict[str, Evaluation]) -> None:
-    """The recipes as a Markdown table, measured against the first."""
+    """The recipes as a Markdown table, compared with the first."""
     first = next(iter(results))
     print(f"\n{machine()}; {title}\n")
     print(
@@ -188,18 +182,19 @@ def _right(evaluation: Evaluation) -> pd.Series:
     )
 
 
-def look(train: Path, test: pd.DataFrame, seen: pd.Series, args: argparse.Namespace) -> dict:
-    """Train on TRAIN, predict TEST once; the figures, as they are added to the table of looks.
+def evaluate_on_test(
+    train: Path, test: pd.DataFrame, seen: pd.Series, args: argparse.Namespace
+) -> dict:
+    """Train on TRAIN, predict TEST once; return the row for docs/test_looks.csv.
 
     Args:
-        train: folder of what is trained on.
+        train: folder of the training images.
         test: the image table of TEST.
         seen: which of its images are of a field that is in TRAIN too.
     """
     name = f"look-{datetime.date.today()}"
     run = (_folds if args.ensemble else partial(_trained, name))(args.look, train, args)
-    found = Predictor.load(run)(test.path).filter(like="p_").to_numpy()
-    predictions = prediction_table(test.reset_index(drop=True), found, run.config.classes)
+    predictions = labelled_predictions(test, Predictor.load(run)(test.path))
     predictions.to_csv(args.out / f"{name}-{run.name}.csv", index=False)
     figures = Evaluation(predictions[~seen.to_numpy()], run.config.classes).metrics
     of_all = Evaluation(predictions, run.config.classes).metrics
@@ -222,7 +217,7 @@ def look(train: Path, test: pd.DataFrame, seen: pd.Series, args: argparse.Namesp
 
 
 def main() -> None:
-    """Compare recipes on TRAIN or across laboratories, or look at TEST once."""
+    """Compare recipes on TRAIN or across laboratories, or evaluate one on TEST."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["cell", "frame"])
@@ -239,12 +234,11 @@ def main() -> None:
     args = parser.parse_args(sys.argv[1:split])
     args.fit = sys.argv[split + 1 :]
     if args.look and not args.why:
-        parser.error("a look at TEST needs a --why, which goes into the table of looks")
+        parser.error("an evaluation on TEST needs a --why, which is kept with its figures")
     options = re.sub(r"[^\w.]+", "-", " ".join([f"{args.folds} folds", *args.fit]))
     args.runs = args.out / "runs" / options
 
-    dataset = open_dataset(args.data, home=args.out / "data")
-    table = with_photos(dataset.table, dataset.root)
+    table = open_dataset(args.data, home=args.out / "data").table
     train = few_copies(table[table.subset == "TRAIN"], args.copies, args.per_class)
     few = f"{args.copies}-{args.per_class}"
     other = args.across or args.also
@@ -254,8 +248,9 @@ def main() -> None:
         folder = write_folder(both, args.out / f"train{Path(args.also).stem}-{few}")
     if args.look:
         test = table[table.subset == "TEST"]
-        found = pd.DataFrame([look(folder, test, test.photo.isin(train.photo), args)])
-        found.to_csv(LOOKS, mode="a", header=not LOOKS.exists(), index=False)
+        found = evaluate_on_test(folder, test, test.photo.isin(train.photo), args)
+        found = pd.DataFrame([found])
+        found.to_csv(EVALUATIONS, mode="a", header=not EVALUATIONS.exists(), index=False)
         print(found.T.to_string(header=False))
         return
     if args.also:

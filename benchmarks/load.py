@@ -1,9 +1,9 @@
-"""How long a large folder takes until training can begin, and how much memory.
+"""How long a large folder takes until training can begin, and how much memory it needs.
 
     python benchmarks/load.py --images 100000
 
-The images are hard links to a few hundred small JPEGs in a tree of folders. Each row gives the
-seconds of a step and the peak memory of the process so far.
+The images are hard links to a few hundred small JPEGs in many folders. Each row gives the seconds
+of a step and the peak memory of the process so far.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bloodcell_fastai import Config, split_table, train, with_photos
-from bloodcell_fastai.data.dataset import read_folder
-from bloodcell_fastai.reporter import Reporter
+from bloodcell_fastai import Config, open_dataset, split_table, train
+from bloodcell_fastai.data.duplicates import with_photos
+from bloodcell_fastai.reporter import SilentReporter
 
 CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")
 PER_FOLDER = 1000
@@ -45,7 +45,7 @@ def make_tree(root: Path, n: int) -> Path:
 
 
 def measure(name: str, step):
-    """Do a step and print its row; what it returns."""
+    """Do a step and print its row; return its result."""
     begin = time.perf_counter()
     result = step()
     seconds = time.perf_counter() - begin
@@ -54,26 +54,23 @@ def measure(name: str, step):
     return result
 
 
-class Silent(Reporter):
-    def say(self, text: str) -> None:
-        pass
-
-
 def run(folder: Path, n: int) -> None:
     """All steps on ``n`` images under ``folder``."""
     print("| step | seconds | peak memory, MB |\n|---|---:|---:|")
     root = measure("make the tree", lambda: make_tree(folder / "set", n))
-    dataset = measure("index: list, decode and check every image", lambda: read_folder(root))
-    assert len(dataset.table) == n
-    table = measure("look photographs up", lambda: with_photos(dataset.table, dataset.root))
-    for how in ("photo", "random"):
-        measure(f"split: {how}", lambda how=how: split_table(table, how))
+    table = measure("index: list, decode and check every image", lambda: open_dataset(root)).table
+    assert len(table) == n
+    measure(
+        "of that, look up the photographs, by the hash of each file",
+        lambda: with_photos(table, root),
+    )
+    measure("split by photograph, none known", lambda: split_table(table))
     grouped = table.assign(photo=(table.index // 10).astype(str))
-    measure(f"split: photo, {n // 10:,} photographs known", lambda: split_table(grouped))
+    measure(f"split by photograph, {n // 10:,} known", lambda: split_table(grouped))
     config = Config(data=str(root), arch="resnet18", weights="none", size=64, epochs=1)
     measure(
         "fit --dry-run, all of it",
-        lambda: train(config, folder / "runs", dry_run=True, reporter=Silent()),
+        lambda: train(config, folder / "runs", dry_run=True, reporter=SilentReporter()),
     )
 
 

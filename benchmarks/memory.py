@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--data PATH] [--size 256] [--batch-size 16]
 
-Resident memory is the proportional set size of the process and its workers (what they share is
-counted once), read four times a second from /proc, so Linux only. Pages of the decoded cache
-count too, although the system may take them back at any time. On a GPU the peak of PyTorch's
-allocator is printed too.
+Resident memory is the proportional set size of the process and its workers (shared pages count
+once), read four times a second from /proc, so Linux only. Pages of the decoded images count too,
+although the system may take them back at any time. On a GPU the peak of PyTorch's allocator is
+printed as well.
 """
 
 import multiprocessing
@@ -49,7 +49,7 @@ def train_ours(table, args, results) -> None:
     from bloodcell_fastai import blood_learner
 
     dls = our_dls(table, args.arch, args.size, args.batch_size)
-    _fit(blood_learner(dls, args.arch, "none", args.size), results)
+    _fit(blood_learner(dls, weights="none"), results)
 
 
 def _fit(learn, results) -> None:

@@ -1,11 +1,10 @@
-"""The shortest time to 99.9 % on the published split: small pictures first, 256 px at the end.
+"""The shortest time to 99.9 % on the published split: small images first, 256 px at the end.
 
     python benchmarks/race.py --data PATH [--weights auto] [--epochs 20] [--batch-size 128]
 
-20 epochs of the published split's training images at most, as published; the clock runs from the
-first batch to the end of the first validation at or above the goal, decoding included. MaxViT's
-windows and position biases are resized in place by timm's ``set_input_size``. Written for one
-large GPU; on a CPU it takes hours. It prints which weights it started from.
+At most 20 epochs, as published. The time is from before the images are decoded to the end of the
+first validation at or above the goal. timm's ``set_input_size`` resizes MaxViT's windows and
+position biases. Written for one large GPU; on a CPU it takes hours. It prints the initial weights.
 """
 
 import time
@@ -15,13 +14,12 @@ from common import arguments, machine, synchronise
 from fastai.vision.all import Callback, CancelFitException
 
 from bloodcell_fastai import blood_dls, blood_learner, open_dataset, split_table, timm_model
-from bloodcell_fastai.training.callbacks import Compile
 
-SIZES = ((0.5, 128), (0.8, 192), (1.0, 256))  # up to this share of the epochs, this size
+SIZES = ((0.5, 128), (0.8, 192), (1.0, 256))  # up to this fraction of the epochs, this size
 
 
 class GrowingSize(Callback):
-    """Pictures and network of the size that the epoch calls for."""
+    """Batches and network of the size of the epoch."""
 
     order = -10
 
@@ -46,7 +44,7 @@ class StopAtGoal(Callback):
     def after_epoch(self):
         synchronise()
         accuracy = self.recorder.values[-1][-1]
-        size = self.dls.train.pixels.size
+        size = self.dls.size
         print(
             f"epoch {self.epoch + 1:2d}  {size} px  {accuracy:.4f}"
             f"  {time.perf_counter() - self.started:7.1f} s",
@@ -58,25 +56,21 @@ class StopAtGoal(Callback):
 
 def stages(epochs: int, sizes=SIZES) -> list[int]:
     """The size of each epoch."""
-    return [next(s for share, s in sizes if epoch < share * epochs) for epoch in range(epochs)]
+    return [next(s for part, s in sizes if epoch < part * epochs) for epoch in range(epochs)]
 
 
 def main() -> None:
-    args = arguments(
-        __doc__, epochs=20, batch_size=128, lr=2e-3, goal=0.999, weights="auto", compile=0
-    )
-    dataset = open_dataset(args.data or None)
-    table = split_table(dataset.table, "random")
-    plan = stages(args.epochs, [(share, size * args.size // 256) for share, size in SIZES])
+    args = arguments(__doc__, epochs=20, batch_size=128, lr=2e-3, goal=0.999, weights="auto")
+    table = split_table(open_dataset(args.data or None).table, "random")
+    plan = stages(args.epochs, [(part, size * args.size // 256) for part, size in SIZES])
     started = StopAtGoal(args.goal)
     loaders = {size: blood_dls(table, args.arch, size, args.batch_size) for size in set(plan)}
-    first = loaders[plan[0]]
-    callbacks = [GrowingSize(loaders, plan), started, *([Compile()] if args.compile else [])]
-    learn = blood_learner(first, args.arch, args.weights, plan[0], cbs=callbacks)
+    callbacks = [GrowingSize(loaders, plan), started]
+    learn = blood_learner(loaders[plan[0]], weights=args.weights, cbs=callbacks)
     learn.unfreeze()
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(args.epochs, args.lr)
-    print(f"\nfrom {learn.weights_used} weights, {args.arch}, {machine()}")
+    print(f"\ninitial weights: {learn.initial_weights}, {args.arch}, {machine()}")
 
 
 if __name__ == "__main__":

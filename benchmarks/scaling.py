@@ -1,10 +1,10 @@
-"""What several processes bring: images a second of one, two, ... on the same global batch.
+"""How fast several processes train: images a second of one, two, ... on the same global batch.
 
     python benchmarks/scaling.py --processes 1 2
 
-Every process gets its share of this machine's cores, or a GPU of its own where there are enough.
-The second epoch of a short training on the drawn demo set is timed, the first one warms up. What
-the gradients weigh, and what sending them costs, is measured with the same number of processes.
+Every process gets as many of this machine's cores as the others, or a GPU of its own where there
+are enough. The second epoch of a short training on demo images is timed; the first warms up. The
+time to send the gradients is measured with the same number of processes.
 """
 
 import argparse
@@ -19,29 +19,30 @@ import pandas as pd
 import timm
 from common import machine
 
-from bloodcell_fastai.data.smears import make_demo
+from bloodcell_fastai import make_demo
 
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0"
 LAUNCH += " --mixed_precision no --dynamo_backend no"
 ALL_REDUCE = """
 import time, torch
-from bloodcell_fastai.processes import gather, joined
-with joined() as share:
+from torch import distributed
+from bloodcell_fastai.distributed import joined, rank
+with joined():
     gradients = torch.zeros({n}, device="cuda" if torch.cuda.is_available() else "cpu")
     for _ in range({times} + 1):
-        torch.distributed.barrier()
+        distributed.barrier()
         begun = time.perf_counter()
-        torch.distributed.all_reduce(gradients)
+        distributed.all_reduce(gradients)
         gradients[0].item()
-        seconds = time.perf_counter() - begun
-    slowest = max(gather(seconds))
-    if share.rank == 0:
-        print(slowest)
+        seconds = gradients.new_tensor(time.perf_counter() - begun)
+    distributed.all_reduce(seconds, distributed.ReduceOp.MAX)
+    if rank() == 0:
+        print(seconds.item())
 """
 
 
 def launch(n: int, target: list, folder: Path) -> str:
-    """Run a Python target in ``n`` processes; what they print."""
+    """Run a Python target in ``n`` processes; return what they print."""
     threads = str(max((os.cpu_count() or 1) // n, 1))
     several = [*LAUNCH.split(), "--num_processes", str(n)] if n > 1 else []
     return subprocess.run(
@@ -55,8 +56,9 @@ def launch(n: int, target: list, folder: Path) -> str:
 
 
 def images_per_second(n: int, args: argparse.Namespace, data: Path, folder: Path) -> float:
-    """Of the second epoch of a training by ``n`` processes."""
-    options = {"size": args.size, "batch-size": args.batch_size, "epochs": 2, "arch": args.arch}
+    """Training speed of ``n`` processes in the second epoch."""
+    own_batch = args.batch_size // n
+    options = {"size": args.size, "batch-size": own_batch, "epochs": 2, "arch": args.arch}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     fixed = ["--data", data, "--freeze-epochs", 0, "--name", f"of-{n}"]
     launch(n, ["-m", "bloodcell_fastai", "fit", *fixed, *words], folder)
@@ -66,7 +68,7 @@ def images_per_second(n: int, args: argparse.Namespace, data: Path, folder: Path
 
 
 def all_reduce_seconds(n: int, parameters: int, folder: Path) -> float:
-    """Of one sum of so many float32 numbers over ``n`` processes, the third time."""
+    """Time of the third sum of so many float32 numbers over ``n`` processes."""
     script = folder / "all_reduce.py"
     script.write_text(ALL_REDUCE.format(n=parameters, times=2))
     return float(launch(n, [script], folder))

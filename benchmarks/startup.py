@@ -1,4 +1,4 @@
-"""Seconds until `bloodcell --help` is there, against importing fastai.
+"""Seconds that `bloodcell --help` takes, against importing fastai.
 
 python benchmarks/startup.py
 """

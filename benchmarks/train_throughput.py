@@ -1,4 +1,4 @@
-"""Training images per second: ours against the plain fastai recipe, and against the ceiling.
+"""Training images per second: ours, the plain fastai recipe, and the upper limit.
 
     python benchmarks/train_throughput.py [--data PATH] [--size 256] [--batch-size 32]
 
@@ -7,9 +7,9 @@ have it, in fastai's default precision (and in .to_fp16() where there is a GPU).
 blood_dls, blood_learner, fit_one_cycle. Ceiling: the same model in the same precision and
 layout with the same optimizer, on one batch that is already on the device.
 
-Same architecture, size, batch, augmentation. fastai puts its own head on the network, which
-costs next to nothing beside the body. Counted from the end of the first batch to the end of
-the last, so that nobody is charged for starting worker processes or compiling.
+Architecture, size, batch size and augmentation are the same. fastai's own head costs next to
+nothing beside the body. The time is from the end of the first batch to the end of the last, so
+that starting worker processes does not count.
 """
 
 import time
@@ -19,7 +19,7 @@ from common import arguments, in_turn, machine, our_dls, plain_dls, read_table, 
 from fastai.vision.all import Callback, accuracy, vision_learner
 
 from bloodcell_fastai import blood_learner, timm_model
-from bloodcell_fastai.training.callbacks import Compile, autocast
+from bloodcell_fastai.device import autocast
 from bloodcell_fastai.training.optimizer import FusedAdam
 
 TOLERANCE = 0.03  # of a probability in bfloat16
@@ -40,17 +40,14 @@ class Rate(Callback):
 
 
 def main() -> None:
-    args = arguments(__doc__, batch_size=32, batches=4, compile=0)
+    args = arguments(__doc__, batch_size=32, batches=4)
     bs = args.batch_size
     table = read_table(args.data, bs * args.batches, 8)
     dls = plain_dls(table, args.arch, args.size, bs)
     plain = {"plain fastai": plain_recipe(dls, args)}
     if torch.cuda.is_available():
         plain["plain fastai, to_fp16"] = plain_recipe(dls, args).to_fp16()
-    extra = [Compile()] if args.compile else []
-    ours = blood_learner(
-        our_dls(table, args.arch, args.size, bs), args.arch, "none", args.size, cbs=extra
-    )
+    ours = blood_learner(our_dls(table, args.arch, args.size, bs), weights="none")
     print(f"largest difference of a probability to float32: {check(ours):.4f}", flush=True)
     learners = plain | {"ours": ours}
     cases = {name: lambda learn=learn: fit(learn) for name, learn in learners.items()}
@@ -62,7 +59,7 @@ def main() -> None:
 
 
 def plain_recipe(dls, args):
-    """fastai's own learner. MaxViT must be told a size that is not its own."""
+    """fastai's own learner. MaxViT needs its input size when it is made."""
     options = {"img_size": args.size} if "vit" in args.arch else {}
     return vision_learner(
         dls, args.arch, pretrained=False, metrics=accuracy, normalize=False, **options

@@ -1,27 +1,23 @@
-"""How well does the distance to the training images tell pictures of something else?
+"""How well does the distance from the training images detect images of something else?
 
     python benchmarks/unlike_training.py RUN [FOLDER...] [--images 600]
 
-RUN is the folder of a trained run; a copy of it is calibrated, if it was not. Its validation images
-are the known ones. Against them stand
+RUN is the folder of a trained run. Its validation images are compared with
 
 - a sample of every FOLDER of other images, spread evenly over its sub-folders, such as the PBC set
   (blood cells of another laboratory, half of its classes unknown to the Kaggle set);
-- pictures of no blood, all drawn by this script: noise, gradients, shapes, text and charts. They
-  stand for what is dropped on a page by mistake. Photographs of other things would be a harder
-  test, and are not in it.
+- images without blood, drawn by this script: noise, gradients, shapes, text and charts.
+  Photographs of other things would be harder to detect, and are not included.
 
-For each: the share whose distance is above the run's threshold, the share in which no white cell is
-found (of a run with ``--crop cell``) and the share flagged for either; the AUROC of the distance
-against the validation images, and that of the calibrated confidence for comparison (Hendrycks and
-Gimpel 2017: the less sure, the less known). Of the validation images 5 % are distant by design,
-because the threshold was fitted on them. The second table has the AUROC for other numbers of
-neighbours.
+For each: the fraction whose distance is above the run's threshold, the fraction in which no white
+cell is found (of a run with ``--crop cell``) and the fraction flagged for either; the AUROC of the
+distance against the validation images, and that of the calibrated confidence for comparison
+(Hendrycks and Gimpel 2017). Of the validation images 5 % are distant by design, because the
+threshold was fitted on them. The second table has the AUROC for other numbers of neighbours.
 """
 
 import argparse
 import random
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,20 +28,12 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
-from bloodcell_fastai import Run, load_learner
-from bloodcell_fastai.data.blocks import image_dls
-from bloodcell_fastai.data.dataset import list_folder
-from bloodcell_fastai.data.pixels import decode_ahead
-from bloodcell_fastai.training.calibration import (
-    Calibration,
-    Reference,
-    calibrate,
-    predict_with_features,
-    softmax,
-)
-from bloodcell_fastai.training.callbacks import use_progress
+from bloodcell_fastai import Predictor, Run, calibrate
+from bloodcell_fastai.data.images import list_images
+from bloodcell_fastai.model.calibration import Calibration, Reference
+from bloodcell_fastai.model.inference import NO_CELL, Predictions
 
-WIDTH, HEIGHT = 320, 240  # of a drawn picture
+WIDTH, HEIGHT = 320, 240  # of a drawn image
 NEIGHBOURS = (1, 2, 5, 10, 20, 50)
 KNOWN = "validation images"
 
@@ -56,78 +44,68 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="*")
     parser.add_argument("--images", type=int, default=600, help="of each kind, at most")
     options = parser.parse_args()
+    run = Run.open(options.run)
+    predictor, table = Predictor.load(run), run.table
+    if predictor.calibration is None:
+        predictor.calibration, predictor.reference = calibrate(predictor, table)
+    calibration, reference = predictor.calibration, predictor.reference
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(shutil.copytree(options.run, Path(scratch) / options.run.name))
-        learn = load_learner(run)
-        use_progress(learn)
-        calibration = run.calibration or calibrate(learn, run)
-        groups = {KNOWN: sample(learn.dls.valid_ds.items.path.tolist(), options.images)}
+        groups = {KNOWN: sample(table.path[table.part == "valid"].tolist(), options.images)}
         for folder in options.folders:
             groups[folder.name] = spread(folder, options.images)
         for name, draw in DRAWN.items():
             folder = Path(scratch) / "drawn" / name
             groups[f"drawn {name}"] = draw_all(folder, draw, options.images // len(DRAWN))
-        seen = {name: look(learn, paths) for name, paths in groups.items()}
-        reference = run.reference
+        found = {name: predictor.predict_all(paths) for name, paths in groups.items()}
     print(
         f"{calibration} on {calibration.n_images:,} images\nDistance to neighbour "
         f"{calibration.neighbours} of {len(reference.table):,} training images, unlike above "
         f"{calibration.distance_threshold:.3f}\n"
     )
-    print_groups(seen, reference, calibration)
-    print_neighbours(seen, reference)
+    print_groups(found, calibration)
+    print_neighbours(found, reference)
 
 
-def print_groups(seen: dict, reference: Reference, calibration: Calibration) -> None:
-    known_logits, known_features, _ = seen[KNOWN]
-    known = reference.nearest(known_features)[0]
-    sure = softmax(known_logits, calibration.temperature).max(axis=1)
+def print_groups(found: dict[str, Predictions], calibration: Calibration) -> None:
+    known = found[KNOWN].table
     heads = ("images", "number", "distant", "no cell", "flagged")
     heads += ("AUROC distance", "AUROC confidence", "mean confidence")
     print("| " + " | ".join(heads) + " |")
     print("|---" + "|---:" * (len(heads) - 1) + "|")
-    for name, (logits, features, has_cell) in seen.items():
-        distances = reference.nearest(features)[0]
-        confidence = softmax(logits, calibration.temperature).max(axis=1)
-        distant = distances > calibration.distance_threshold
-        shares = [f"{mask.mean():.1%}" for mask in (distant, ~has_cell, distant | ~has_cell)]
+    for name, predictions in found.items():
+        table = predictions.table
+        distant = table.distance > calibration.distance_threshold
+        kinds = (distant, table.flag == NO_CELL, table.flag != "")
+        fractions = [f"{flagged.mean():.1%}" for flagged in kinds]
         scores = ["", ""]
         if name != KNOWN:
-            scores = [f"{auroc(known, distances):.3f}", f"{auroc(-sure, -confidence):.3f}"]
-        cells = [name, f"{len(logits):,}", *shares, *scores, f"{confidence.mean():.2f}"]
+            scores = [
+                f"{auroc(known.distance, table.distance):.3f}",
+                f"{auroc(-known.confidence, -table.confidence):.3f}",
+            ]
+        cells = [name, f"{len(table):,}", *fractions, *scores, f"{table.confidence.mean():.2f}"]
         print("| " + " | ".join(cells) + " |")
 
 
-def print_neighbours(seen: dict, reference: Reference) -> None:
+def print_neighbours(found: dict[str, Predictions], reference: Reference) -> None:
     usable = [k for k in NEIGHBOURS if k <= len(reference.table)]
     print("\n| AUROC for k = | " + " | ".join(map(str, usable)) + " |")
     print("|---|" + "---:|" * len(usable))
     distances = {
-        (name, k): Reference(reference.features, reference.table, k).nearest(features)[0]
-        for name, (_, features, _) in seen.items()
+        (name, k): Reference(reference.features, reference.table, k).nearest(one.features)[0]
+        for name, one in found.items()
         for k in usable
     }
-    for name in seen:
+    for name in found:
         if name != KNOWN:
             scores = [f"{auroc(distances[KNOWN, k], distances[name, k]):.3f}" for k in usable]
             print(f"| {name} | " + " | ".join(scores) + " |")
 
 
 def auroc(known: np.ndarray, other: np.ndarray) -> float:
-    """The chance that a picture of the others scores higher than one of the known."""
+    """The probability that one of the others scores higher than one of the known."""
     is_other = np.repeat([0, 1], [len(known), len(other)])
     return float(roc_auc_score(is_other, np.concatenate([known, other])))
-
-
-def look(learn, paths: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits and features of images, and whether a white cell was found where one is looked for."""
-    images = image_dls(
-        paths, learn.arch, learn.size, learn.dls.bs, learn.crop, device=learn.dls.device
-    )
-    logits, features, _ = predict_with_features(learn, images.valid)
-    decoded = decode_ahead([paths], learn.size, learn.crop)
-    has_cell = np.array([picture.has_cell for _, pictures in decoded for picture in pictures])
-    return logits, features, has_cell
 
 
 def sample(paths: list, n: int) -> list:
@@ -136,7 +114,7 @@ def sample(paths: list, n: int) -> list:
 
 def spread(folder: Path, n: int) -> list:
     """``n`` images below a folder, as many of each sub-folder as can be."""
-    files = list_folder(folder)
+    files = list_images(folder)
     by_folder: dict[Path, list] = {}
     for path in sample(files, len(files)):
         by_folder.setdefault(path.parent, []).append(path)
@@ -152,7 +130,7 @@ def draw_all(folder: Path, draw: Callable, n: int) -> list[Path]:
     return paths
 
 
-# Each kind of picture: a random generator -> a PIL image.
+# Each kind of image: a random generator -> a PIL image.
 
 
 def noise(rng: np.random.Generator) -> Image.Image:
