@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from bloodcell_fastai import Config, Run, export_run, interpret_run, train
-from bloodcell_fastai.data.dataset import Dataset, open_dataset, read_folder
-from bloodcell_fastai.data.smears import make_demo
+from bloodcell_fastai.data.datasets import Dataset, open_dataset, read_folder
+from bloodcell_fastai.data.demo import make_demo
+from bloodcell_fastai.model import pretrained
 from bloodcell_fastai.reporter import Reporter
-from bloodcell_fastai.training import ready
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -42,11 +42,9 @@ def demo(demo_root) -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def demo_table(demo, demo_root) -> pd.DataFrame:
-    """The image table of the demo with the true photograph of every image."""
-    truth = pd.read_csv(demo_root / "truth.csv").set_index("path").field
-    relative = [Path(path).relative_to(demo.root).as_posix() for path in demo.table.path]
-    return demo.table.assign(photo=truth.loc[relative].to_numpy())
+def demo_table(demo) -> pd.DataFrame:
+    """The image table of the demo, whose ``photos.csv`` tells the photograph of every image."""
+    return demo.table
 
 
 @pytest.fixture(scope="session")
@@ -85,29 +83,27 @@ class Silent(Reporter):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, demo_root) -> Run:
     """A run with every file it can have; copy it before changing any."""
-    config = Config(
-        data=str(demo_root), arch="resnet18", weights="none", size=64, epochs=1, batch_size=16
-    )
+    config = Config(data=str(demo_root), arch="resnet18", weights="none", size=64, epochs=1, bs=16)
     run = train(config, tmp_path_factory.mktemp("runs"), "trained", reporter=Silent())
     interpret_run(run)
     return run
 
 
 @pytest.fixture(scope="session")
-def packed(trained, tmp_path_factory) -> Path:
+def bundled(trained, tmp_path_factory) -> Path:
     """A folder as ``weights/`` of the package, with a stand-in for its model: ``trained``."""
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ready, "FOLDER", folder)
-        export_run(trained, "ready", folder / "pbc", reporter=Silent())
+        patch.setattr(pretrained, "FOLDER", folder)
+        export_run(trained, "bundle", folder / "pbc", reporter=Silent())
     return folder
 
 
 @pytest.fixture
-def shipped(packed, monkeypatch) -> Path:
+def shipped(bundled, monkeypatch) -> Path:
     """The stand-in, as if it had come with the package."""
-    monkeypatch.setattr(ready, "FOLDER", packed)
-    return packed / "pbc"
+    monkeypatch.setattr(pretrained, "FOLDER", bundled)
+    return bundled / "pbc"
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,16 @@ from PIL import Image
 from safetensors.torch import save
 
 from bloodcell_fastai import BloodcellError, Config, Run
-from bloodcell_fastai.analysis.interpretation import read_results
+from bloodcell_fastai.config import ResolvedConfig
 from bloodcell_fastai.data.archives import content_key, unpack
-from bloodcell_fastai.data.dataset import image_size, open_image
-from bloodcell_fastai.data.provenance import known_photos, with_photos
+from bloodcell_fastai.data.duplicates import known_photos, with_photos
+from bloodcell_fastai.data.images import image_size, open_image
 from bloodcell_fastai.errors import printable
+from bloodcell_fastai.evaluation.interpretation import read_results
 from bloodcell_fastai.files import read_table, write_table
-from bloodcell_fastai.serving.inference import PredictionFile, find_images
-from bloodcell_fastai.training.calibration import Calibration, Reference
-from bloodcell_fastai.training.checkpoints import read_checkpoint
+from bloodcell_fastai.model.calibration import Reference
+from bloodcell_fastai.model.checkpoints import Checkpoint
+from bloodcell_fastai.serving.predict import PredictionFile, find_images
 
 CASES = os.environ.get("BLOODCELL_FUZZ")
 
@@ -49,8 +49,16 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """The folder of a run."""
+    path = tmp_path_factory.mktemp("run")
+    (path / "config.json").write_bytes(as_json(CONFIG))
+    return path
+
+
 def only_ours(read):
-    """What ``read`` returns; None where it refuses as it should."""
+    """What ``read`` returns; None where it is refused properly."""
     try:
         return read()
     except BloodcellError as error:
@@ -110,21 +118,26 @@ def as_json(value) -> bytes:
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
-CONFIG = asdict(Config(classes=("A", "B"), data="/data", versions=("torch 2",)))
-CALIBRATION = asdict(Calibration(1.5, 0.25, 2, 0.04, 0.01, 30))
+ASKED = Config(data="data")
+RESOLVED = ResolvedConfig(classes=("A", "B"), data="/data", versions=("torch 2",)).model_dump()
+CONFIG = {"asked": ASKED.model_dump(), "resolved": RESOLVED}
+CALIBRATION = {
+    **{"temperature": 1.5, "distance_threshold": 0.25, "neighbours": 2},
+    **{"ece_before": 0.04, "ece_after": 0.01, "n_images": 30},
+}
 METRICS = {
     **{"accuracy": 0.9, "balanced_accuracy": 0.9, "macro_f1": 0.9, "photo_accuracy": 0.9},
     **{"accuracy_ci95": [0.8, 1.0], "photo_accuracy_ci95": [0.8, 1.0], "leakage": None},
-    **{"classes": ["A", "B"], "temperature": 1.5},
+    **{"n_images": 2, "n_photos": 2, "n_known": 2, "classes": ["A", "B"], "temperature": 1.5},
 }
-SPLIT = b'path,label,subset,photo,part\n/a/1.jpg,A,,p1,train\n"/a/2,\n.jpg",B,TEST,p2,valid\n'
+SPLIT = b'path,label,subset,photo,part\na/1.jpg,A,,,train\n"/a/2,\n.jpg",B,TEST,p2,valid\n'
 HISTORY = (
     b"epoch,train_loss,train_accuracy,valid_loss,valid_accuracy,lr,seconds\n"
     b"1,1.5,0.25,1.25,0.5,0.001,2.5\n2,1.0,0.5,1.0,0.75,0.001,2.5\n"
 )
 PREDICTIONS = (
-    b"path,label,predicted,confidence,loss,photo,p_A,p_B,distance,nearest\n"
-    b"/1.jpg,A,A,0.9,0.1,p1,0.9,0.1,0.2,/2.jpg\n/3.jpg,B,A,0.6,0.9,p2,0.6,0.4,0.3,/2.jpg\n"
+    b"path,label,predicted,confidence,loss,photo,flag,p_A,p_B,distance,nearest\n"
+    b"1.jpg,A,A,0.9,0.1,p1,,0.9,0.1,0.2,2.jpg\n3.jpg,B,A,0.6,0.9,,no cell,0.6,0.4,0.3,2.jpg\n"
 )
 PHOTOS = b"path,photo\n1.jpg,p1\n2.jpg,p2\n"
 KNOWN = b"digest,original,photo,inliers,margin\n0123456789abcdef,o1,p1,20,10\n"
@@ -132,25 +145,32 @@ OUT = b'path,predicted,p_A\n/1.jpg,A,0.5\n"/2\n.jpg",B,0.25\n'
 OUT_LINES = b'{"path": "/1.jpg", "predicted": "A", "p_A": 0.5}\n' * 2
 
 
+TABLE = pd.DataFrame({"path": ["1.jpg", "2.jpg"], "label": "A"})
+
+
 @example(content=b"[" * 100_000)
 @example(content=b'{"lr": ' + b"9" * 5000 + b"}")
 @example(content=b'{"seed": 1e400}')
 @example(content=b'{"lr": ' + b"9" * 400 + b"}")
 @example(content=b"\xff\xfe{}")
-@given(content=damaged(as_json(CONFIG)) | edited(CONFIG).map(as_json))
-@cases(1200)
+@example(content=b'{"asked": {"\\ud800": 1}, "resolved": {}}')
+@given(
+    content=damaged(as_json(CONFIG))
+    | edited(CONFIG).map(as_json)
+    | edited(RESOLVED).map(lambda values: as_json(CONFIG | {"resolved": values}))
+)
+@cases(400)
 def test_config(folder, content):
-    path = folder / "config.json"
-    path.write_bytes(content)
-    config = only_ours(lambda: Config.load(path))
-    if config is not None:
-        config.save(path)
-        assert Config.load(path) == config
+    (folder / "config.json").write_bytes(content)
+    run = Run(folder)
+    if (config := only_ours(lambda: run.config)) is not None:
+        run.start(run.asked, config, TABLE)
+        assert Run(folder).config == config
 
 
 @example(content=as_json(CALIBRATION | {"temperature": 10**400}))
 @given(content=damaged(as_json(CALIBRATION)) | edited(CALIBRATION).map(as_json))
-@cases(800)
+@cases(250)
 def test_calibration(folder, content):
     (folder / "calibration.json").write_bytes(content)
     found = only_ours(lambda: Run(folder).calibration)
@@ -162,12 +182,12 @@ LISTED = b"path,label,photo\n/1,A,p1\n/2,B,p2\n"
 
 
 @given(tensors=damaged(FEATURES), listed=damaged(LISTED) | st.just(LISTED))
-@cases(400)
-def test_reference(folder, tensors, listed):
-    (folder / "calibration.json").write_bytes(as_json(CALIBRATION))
-    (folder / "reference.safetensors").write_bytes(tensors)
-    (folder / "reference.csv").write_bytes(listed)
-    found = only_ours(lambda: Run(folder).reference)
+@cases(150)
+def test_reference(home, tensors, listed):
+    (home / "calibration.json").write_bytes(as_json(CALIBRATION))
+    (home / "reference.safetensors").write_bytes(tensors)
+    (home / "reference.csv").write_bytes(listed)
+    found = only_ours(lambda: Run(home).reference)
     if isinstance(found, Reference):
         only_ours(lambda: found.nearest(torch.ones(2, 3)))
 
@@ -184,11 +204,11 @@ STATE = {
     )
     | damaged(save({"opt.0.a": torch.ones(2)}, {"state": json.dumps(STATE)}))
 )
-@cases(800)
+@cases(250)
 def test_checkpoint(folder, content):
     (folder / "c.safetensors").write_bytes(content)
-    found = only_ours(lambda: read_checkpoint(folder / "c.safetensors"))
-    assert found is None or 1 <= found[1]["epochs_done"] <= 100_000
+    found = only_ours(lambda: Checkpoint.read(folder / "c.safetensors"))
+    assert found is None or 1 <= found.epochs_done <= 100_000
 
 
 @pytest.mark.parametrize(
@@ -201,7 +221,7 @@ def test_checkpoint(folder, content):
         ("known.csv.xz", KNOWN, lambda run: known_photos([__file__], run.path / "known.csv.xz")),
     ],
 )
-def test_tables(folder, name, whole, read):
+def test_tables(home, name, whole, read):
     @example(content=b"")
     @example(content=b"path,label,subset,photo,part\n1,2\n")
     @example(content=b"path,label,subset,photo,part\n1,2,3,4,5,6\n7,8,9,10,11,12\n")
@@ -209,32 +229,30 @@ def test_tables(folder, name, whole, read):
     @example(content=whole + b'"')
     @example(content=whole + b"\xff\xed\xa0\x80,,,,\n")
     @given(content=damaged(whole))
-    @cases(400)
+    @cases(150)
     def read_it(content):
-        (folder / name).write_bytes(content)
-        found = only_ours(lambda: read(Run(folder)))
+        (home / name).write_bytes(content)
+        found = only_ours(lambda: read(Run(home)))
         assert found is None or isinstance(found, pd.DataFrame)
 
     read_it()
 
 
-TABLE = pd.DataFrame({"path": ["1.jpg", "2.jpg"], "label": "A"})
-
-
 @example(metrics=as_json({k: v for k, v in METRICS.items() if k != "leakage"}), predictions=b"")
 @example(
-    metrics=as_json(METRICS), predictions=b"path,label,predicted,confidence,loss,photo,p_A,p_B\n"
+    metrics=as_json(METRICS),
+    predictions=b"path,label,predicted,confidence,loss,photo,flag,p_A,p_B\n",
 )
 @example(metrics=as_json(METRICS | {"accuracy": 10**400}), predictions=b"")
 @given(
     metrics=damaged(as_json(METRICS)) | edited(METRICS).map(as_json) | st.just(as_json(METRICS)),
     predictions=damaged(PREDICTIONS) | st.just(PREDICTIONS),
 )
-@cases(600)
-def test_results(folder, metrics, predictions):
-    (folder / "metrics.json").write_bytes(metrics)
-    (folder / "predictions.csv").write_bytes(predictions)
-    found = only_ours(lambda: read_results(Run(folder)))
+@cases(200)
+def test_results(home, metrics, predictions):
+    (home / "metrics.json").write_bytes(metrics)
+    (home / "predictions.csv").write_bytes(predictions)
+    found = only_ours(lambda: read_results(Run(home)))
     if found is not None:
         assert found.probabilities.dtype == np.float64
         assert found.confusion_matrix.sum() == len(found.predictions)
@@ -245,10 +263,11 @@ def test_predictions_to_go_on_with(folder, suffix, whole):
     @example(content=b"[1]\n")
     @example(content=b"[" * 100_000 + b"\n")
     @example(content=b'{"path": 1, "predicted": 2, "p_A": 3}\n')
+    @example(content=b'{"path": [1], "predicted": "A", "p_A": 0.5}\n')
     @example(content=b"path,predicted,p_A\n" + b'"' + b"x" * 200_000 + b'",A,1\n')
     @example(content=b'path,predicted,p_A\n"x\n')
     @given(content=damaged(whole))
-    @cases(500)
+    @cases(200)
     def go_on(content):
         path = folder / f"out{suffix}"
         path.write_bytes(content)
@@ -276,7 +295,7 @@ def test_predictions_of_any_name_come_back(folder, suffix):
     @example(paths=["\u2028"])
     @example(paths=[os.fsdecode(b"\xff")])
     @given(paths=st.lists(names, max_size=4, unique=True))
-    @cases(300)
+    @cases(100)
     def come_back(paths):
         path, columns = folder / f"again{suffix}", ["path", "predicted"]
         PredictionFile(path, columns).append(pd.DataFrame({"path": paths, "predicted": "A"}))
@@ -289,7 +308,7 @@ def test_predictions_of_any_name_come_back(folder, suffix):
 @example(values=["NA"])
 @example(values=[os.fsdecode(b"\xff")])
 @given(values=st.lists(names, min_size=1, max_size=4))
-@cases(400)
+@cases(150)
 def test_tables_of_any_name_come_back(folder, values):
     table = pd.DataFrame({"path": values, "label": values[::-1]})
     write_table(folder / "t.csv", table)
@@ -298,7 +317,7 @@ def test_tables_of_any_name_come_back(folder, values):
 
 
 @given(lines=st.lists(st.binary(max_size=30), max_size=4))
-@cases(200)
+@cases(100)
 def test_lists_of_images(folder, lines):
     (folder / "list.txt").write_bytes(b"\n".join(lines))
     for name in find_images([folder / "list.txt"]):
@@ -306,7 +325,7 @@ def test_lists_of_images(folder, lines):
 
 
 @given(pattern=st.text(st.sampled_from("ab*?[]{}/.\\~!-") | st.characters(), max_size=20))
-@cases(300)
+@cases(100)
 def test_patterns(folder, pattern):
     only_ours(lambda: list(find_images([f"{folder}/none/{pattern}".replace("\0", "")])))
 
@@ -339,7 +358,7 @@ def archives(draw):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @example(content=archive()[1:])  # members lie before the beginning of the file
 @given(content=damaged(archive()) | archives())
-@cases(1000)
+@cases(300)
 def test_archives(folder, content):
     path, target = folder / "x.zip", folder / "deep" / "out"
     path.write_bytes(content)
@@ -367,7 +386,7 @@ def picture(kind: str, mode: str = "RGB") -> bytes:
 def test_images(folder, kind):
     @example(content=picture(kind))  # Pillow divides by zero where an eighth of it is nothing
     @given(content=damaged(picture(kind)))
-    @cases(150)
+    @cases(60)
     def read_it(content):
         path = folder / "x.jpg"
         path.write_bytes(content)
@@ -382,7 +401,7 @@ def test_images(folder, kind):
 
 
 @given(text=st.text())
-@cases(200)
+@cases(100)
 def test_what_is_shown_gives_a_terminal_no_orders(text):
     shown = printable(text)
     assert all(c.isprintable() or c == "\n" for c in shown)

@@ -64,7 +64,7 @@ class Warm:
 
     def close(self) -> None:
         self.server.stdin.close()
-        self.server.wait(10)
+        self.server.wait(60)
 
 
 class Process:
@@ -104,7 +104,7 @@ class Process:
 
 def serve() -> None:
     """Fork a child for each command asked for on standard input."""
-    for module in ("bloodcell_fastai.analysis.crossval", "matplotlib.pyplot"):
+    for module in ("bloodcell_fastai.evaluation.cross_validation", "matplotlib.pyplot"):
         importlib.import_module(module)
     print(0, flush=True)  # ready
     for line in sys.stdin:
@@ -200,10 +200,10 @@ def memory(spare: int, learn=None) -> None:
 def device_memory(learn) -> None:
     import torch
 
-    def forward(*batch):
+    def refuse(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    learn.model.forward = forward
+    learn.model.register_forward_pre_hook(refuse)
 
 
 def read_only(*folders: str, learn=None) -> None:
@@ -227,12 +227,12 @@ def images_gone(learn) -> None:
 
 
 def broken_decoder(learn) -> None:
-    from bloodcell_fastai.data import pixels
+    from bloodcell_fastai.data import cache
 
     def open_image(path):
         raise IndexError("a bug in a decoder")
 
-    pixels.open_image = open_image
+    cache.open_image = open_image
 
 
 def short_lr_find() -> None:
@@ -265,16 +265,16 @@ def no_new_folder() -> None:
 
 def fold(number: int, *fault) -> None:
     """Bring in another fault when this fold begins."""
-    from bloodcell_fastai.analysis import crossval
+    from bloodcell_fastai.evaluation import cross_validation
 
-    plain = crossval.train_table
+    plain = cross_validation.train_table
 
-    def train_table(config, table, run, *args):
+    def train_table(asked, resolved, table, run, *args):
         if run.name == f"fold-{number}":
             globals()[fault[0]](*fault[1:])
-        return plain(config, table, run, *args)
+        return plain(asked, resolved, table, run, *args)
 
-    crossval.train_table = train_table
+    cross_validation.train_table = train_table
 
 
 if __name__ == "__main__":
@@ -291,7 +291,7 @@ def warm():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    from bloodcell_fastai.data.smears import make_demo
+    from bloodcell_fastai import make_demo
 
     return make_demo(tmp_path_factory.mktemp("photos") / "demo", photos_per_class=4, copies=3)
 
@@ -461,7 +461,7 @@ def test_a_signal_finishes_the_batch_and_says_how_to_go_on(
     assert message == (
         f"Stopped in epoch 2; the 1 before it and the best model are kept in {Path('runs', 'run')}."
     )
-    assert hint == "Go on: bloodcell fit --resume --name run"
+    assert hint == "Continue: bloodcell fit --resume --name run"
     assert epochs_kept(tmp_path) == 1
     assert_resumes(warm, tmp_path, undisturbed)
 
@@ -521,9 +521,20 @@ def test_nan_keeps_the_last_good_model(warm, photos, tmp_path):
     assert process.code == 1, process.output
     message, hint = process.error
     assert message.startswith("The loss became NaN in epoch 3; the 2 before it")
-    assert "lower --lr than 0.001" in hint
+    assert "--lr below 0.001" in hint
     assert epochs_kept(tmp_path) == 2
     assert files(tmp_path)["model.safetensors"]
+
+
+def test_a_run_continues_where_its_data_are_now(warm, photos, tmp_path, undisturbed):
+    before = shutil.copytree(photos, tmp_path / "before")
+    process = warm.run(tmp_path, *fit(before, 3), faults=[["after_epoch", 1, "killed_at", 1]])
+    assert process.code == -signal.SIGKILL, process.output
+    after = before.rename(tmp_path / "after")
+    process = warm.run(tmp_path, *resume("--data", after))
+    assert process.code == 0, process.output
+    found = files(tmp_path)
+    assert {name for name in found if found[name] != undisturbed[name]} == {"config.json"}
 
 
 def test_images_that_vanish_are_not_missed_where_they_are_cached(
