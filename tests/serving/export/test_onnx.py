@@ -26,13 +26,16 @@ def session(exported):
 def test_it_takes_images_of_any_size_and_number(run, expected, session, tmp_path):
     (wanted,) = session.get_inputs()
     assert (wanted.name, wanted.type, wanted.shape[3]) == ("images", "tensor(uint8)", 3)
+    # ONNX Runtime resizes like Pillow but for a level of the odd pixel, which networks that were
+    # never trained may amplify, each processor in its own way.
+    atol = onnx.MAX_RESIZE_DIFFERENCE
     rows = expected["one"].head(6)
     crops = [np.asarray(crop_image(open_image(path), "cell").image) for path in rows.path]
     found = [session.run(None, {"images": crop[None]})[0] for crop in crops]
     probabilities = rows.filter(regex="^p_").to_numpy()
-    np.testing.assert_allclose(np.concatenate(found), probabilities, atol=2e-3)
+    np.testing.assert_allclose(np.concatenate(found), probabilities, atol=atol)
     (together,) = session.run(None, {"images": np.stack([crops[0]] * 3)})
-    np.testing.assert_allclose(together, probabilities[[0] * 3], atol=2e-3)
+    np.testing.assert_allclose(together, probabilities[[0] * 3], atol=atol)
     predictor = Predictor.load(run, device="cpu", full_precision=True)
     predictor.crop = "frame"
     for width, height in ((64, 64), (90, 200), (33, 47), (640, 480)):
@@ -40,7 +43,7 @@ def test_it_takes_images_of_any_size_and_number(run, expected, session, tmp_path
         image.save(tmp_path / "one.png")
         (found,) = session.run(None, {"images": np.asarray(image)[None]})
         probabilities = predictor([tmp_path / "one.png"]).filter(regex="^p_")
-        np.testing.assert_allclose(found, probabilities, atol=2e-3)
+        np.testing.assert_allclose(found, probabilities, atol=atol)
 
 
 def test_it_says_what_it_is_and_not_where_it_was_made(run, exported, session):
