@@ -298,6 +298,7 @@ def test_errors_are_two_lines_and_an_exit_code(bloodcell):
     assert hint.startswith("Hint:  ")
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(bloodcell):
     done = bloodcell("--debug", "interpret")
     assert "Traceback" in done.stderr

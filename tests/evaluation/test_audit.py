@@ -84,15 +84,18 @@ def run(demo, demo_table, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_split_of_a_run_is_measured(demo, run):
     assert audit(demo, rebuild=True, run=run).leakages["run mine"] > 0.5
 
 
+@pytest.mark.slow
 def test_the_data_may_have_been_moved(demo, run, tmp_path):
     moved = read_folder(shutil.copytree(demo.root, tmp_path / "moved"))
     assert audit(moved, rebuild=True, run=run).leakages["run mine"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_of_another_data_set_is_refused(demo, run):
     elsewhere = run.table.assign(path=[f"/elsewhere/{i}.jpg" for i in range(len(run.table))])
     run.start(run.asked, run.config, elsewhere)

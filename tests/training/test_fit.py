@@ -167,6 +167,7 @@ def poison_weights(learn):
         next(timm_model(learn).parameters()).fill_(float("nan"))
 
 
+@pytest.mark.slow
 def test_nan_keeps_the_best_model_and_says_so(table, tmp_path):
     learn, run = start(tmp_path, table, epochs=3)
 
@@ -193,6 +194,7 @@ def test_nan_after_the_last_step_of_an_epoch_is_seen_before_it_is_saved(table, t
     assert run.load_last().epochs_done == len(run.history) == 1
 
 
+@pytest.mark.slow
 def test_early_stopping(table, tmp_path, monkeypatch):
     monkeypatch.setattr(fit_module, "max_lr", lambda config, phase: 0.0)  # nothing is learnt
     learn, run = start(tmp_path, table, epochs=9, patience=1)

@@ -72,6 +72,7 @@ def hub():
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_model_is_pushed(run, hub, bloodcell, tmp_path):
     """To a stand-in: that the right files go where the Hub's client sends them, by Git LFS
     (not Xet), and no other; what the real Hub answers is not tested."""

@@ -26,8 +26,6 @@ def session(exported):
 def test_it_takes_images_of_any_size_and_number(run, expected, session, tmp_path):
     (wanted,) = session.get_inputs()
     assert (wanted.name, wanted.type, wanted.shape[3]) == ("images", "tensor(uint8)", 3)
-    # ONNX Runtime resizes like Pillow but for a level of the odd pixel, which networks that were
-    # never trained may amplify, each processor in its own way.
     atol = onnx.MAX_RESIZE_DIFFERENCE
     rows = expected["one"].head(6)
     crops = [np.asarray(crop_image(open_image(path), "cell").image) for path in rows.path]
@@ -38,6 +36,10 @@ def test_it_takes_images_of_any_size_and_number(run, expected, session, tmp_path
     np.testing.assert_allclose(together, probabilities[[0] * 3], atol=atol)
     predictor = Predictor.load(run, device="cpu", full_precision=True)
     predictor.crop = "frame"
+    # ONNX Runtime resizes like Pillow but for a level of the odd pixel, which a network that was
+    # never trained amplifies, on each processor in another way; swapped colours or missing
+    # antialiasing make a difference several times as large.
+    atol = 0.05
     for width, height in ((64, 64), (90, 200), (33, 47), (640, 480)):
         image = Image.fromarray(crops[0]).resize((width, height))
         image.save(tmp_path / "one.png")
