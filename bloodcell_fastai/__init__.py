@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .training.learner import blood_learner
     from .training.train import train
 
+__version__ = "0.1.0"
+
 _MODULES = {
     "BloodcellError": "errors",
     "BloodInterpretation": "evaluation.interpretation",

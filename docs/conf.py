@@ -2,7 +2,6 @@
 
 import os
 import re
-from importlib import metadata
 from pathlib import Path
 
 import bloodcell_fastai
@@ -12,7 +11,7 @@ DOCS = Path(__file__).parent
 project = "bloodcell_fastai"
 author = "The bloodcell_fastai authors"
 project_copyright = author
-release = metadata.version("bloodcell-fastai")
+release = bloodcell_fastai.__version__
 
 extensions = [
     "myst_parser",

@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import bloodcell_fastai
 from bloodcell_fastai import BloodcellError, Config, Run, cli
 from bloodcell_fastai.config import ResolvedConfig, flags
 from bloodcell_fastai.evaluation import cross_validation, interpretation
@@ -82,26 +83,86 @@ def test_help_does_not_import_torch(words):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_checkout_that_is_not_installed_runs_the_same_commands(tmp_path):
-    """Without the metadata that an installation writes."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.metadata as metadata\n"
-        "def version(name, known=metadata.version):\n"
-        "    if name == 'bloodcell-fastai':\n"
-        "        raise metadata.PackageNotFoundError(name)\n"
-        "    return known(name)\n"
-        "metadata.version = version\n"
+# A script that runs cli.py of the checkout, without the metadata that an installation writes.
+NOT_INSTALLED = f"""
+import runpy, sys
+from importlib.metadata import Distribution, PackageNotFoundError
+def find(name, known=Distribution.from_name):
+    if name == "bloodcell-fastai":
+        raise PackageNotFoundError(name)
+    return known(name)
+Distribution.from_name = find
+sys.path.insert(0, {str(CHECKOUT)!r})
+sys.argv[0] = "cli.py"
+runpy.run_path({str(CHECKOUT / "cli.py")!r}, run_name="__main__")
+"""
+
+
+def run_not_installed(folder, *words) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_INSTALLED, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
     )
-    for words, shown in ((["--help"], "interpret"), (["data", "--clear-cache"], "MB of decoded")):
-        done = subprocess.run(
-            [sys.executable, CHECKOUT / "cli.py", *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tmp_path), "BLOODCELL_CACHE": str(tmp_path / "c")},
-        )
-        assert done.returncode == 0, done.stderr
-        assert shown in done.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"), [(["--help"], "interpret"), (["data", "--clear-cache"], "MB of decoded")]
+)
+def test_a_checkout_that_is_not_installed_runs_the_same_commands(
+    tmp_path, monkeypatch, words, shown
+):
+    monkeypatch.setenv("BLOODCELL_CACHE", str(tmp_path / "cache"))
+    assert shown in run_not_installed(tmp_path, *words)
+
+
+@pytest.mark.slow
+def test_a_checkout_that_is_not_installed_trains_and_exports(demo_root, tmp_path):
+    small = ("--arch", "test_resnet", "--weights", "none", "--size", 32, "--epochs", 1)
+    run_not_installed(tmp_path, "fit", "--data", demo_root, *small, "--name", "mine")
+    versions = Run(tmp_path / "runs" / "mine").config.versions
+    assert f"bloodcell-fastai {bloodcell_fastai.__version__}" in versions
+    run_not_installed(tmp_path, "export", "mine", "--format", "onnx", "--data", demo_root)
+
+
+def test_a_user_whom_the_system_does_not_know(tmp_path):
+    """As in a container that runs under any number: no $HOME, and no entry in the table of users.
+    Libraries look for a home when they are imported."""
+    code = (
+        "import pwd, sys\n"
+        "def unknown(number): raise KeyError(number)\n"
+        "pwd.getpwuid = unknown\n"
+        "sys.argv[0] = 'bloodcell'\n"
+        "from bloodcell_fastai.cli import main\n"
+        "try: main()\n"
+        "finally: import kagglehub, huggingface_hub.constants as hub; print(hub.HF_HOME)\n"
+    )
+    hidden = ("HOME", "XDG_CACHE_HOME", "BLOODCELL_CACHE", "HF_HOME")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "--clear-cache"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env | {"TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    home = tmp_path / f"bloodcell_fastai-{os.getuid()}"
+    assert f"removed from {home / '.cache' / 'bloodcell_fastai'}" in done.stdout
+    assert str(home) in done.stdout.splitlines()[-1]
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_version_has_one_source():
+    """No module asks the metadata of an installation, which a checkout need not have."""
+    source = Path(bloodcell_fastai.__file__)
+    for path in source.parent.rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"version\(.bloodcell-fastai.\)", text), path
+        assert (bloodcell_fastai.__version__ in text) == (path == source), path
 
 
 @pytest.fixture

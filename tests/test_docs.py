@@ -6,8 +6,8 @@ import importlib
 import re
 import shlex
 import shutil
+import tomllib
 from collections.abc import Iterator
-from importlib.metadata import version
 from itertools import groupby, pairwise
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,8 +21,11 @@ from markdown_it.token import Token
 from typer.exceptions import TyperException
 
 import bloodcell_fastai
-from bloodcell_fastai import cli
+from bloodcell_fastai import cli, config
 from bloodcell_fastai.config import options_table
+from bloodcell_fastai.data.archives import MAX_RATIO
+from bloodcell_fastai.data.images import MAX_PIXELS
+from bloodcell_fastai.serving.app import MAX_BODY
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(bloodcell_fastai.__file__).parent
@@ -132,13 +135,39 @@ def test_the_readme_and_the_api_show_commands():
 def test_the_citation_names_what_it_must():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
-    assert citation["version"] == version("bloodcell-fastai")
+    assert citation["version"] == bloodcell_fastai.__version__
     assert citation["message"]
     for work in (citation, *citation["references"]):
         assert work["title"] and work["authors"] and work["type"]
     for reference in citation["references"]:
         assert re.fullmatch(r"10\.\d{4,}/\S+", reference["doi"])
         assert isinstance(reference["year"], int)
+
+
+def test_the_python_that_is_promised_is_the_one_that_is_tested():
+    """The oldest: of others it is said that they are not tested."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    assert f"Python {oldest} or newer (tested with {oldest})" in (ROOT / "README.md").read_text()
+    classifiers = project["project"]["classifiers"]
+    versions = [c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)]
+    assert versions == [oldest]
+    assert project["tool"]["mypy"]["python_version"] == oldest
+    assert project["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+
+
+def test_limits_in_text_are_those_of_the_code():
+    """On every page and in every comment that names one."""
+    batch = f"{3 * 4 * config.MAX_BATCH_PIXELS / 1e9:.0f} GB"
+    assert batch in Path(config.__file__).read_text()
+    millions = MAX_PIXELS // 10**6
+    for file in (*PAGES, *PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.j*")):
+        for number in re.findall(r"(\d+)\s+million\s+pixels", file.read_text()):
+            assert int(number) == millions, file
+    security, serve = ((ROOT / "docs" / name).read_text() for name in ("security.md", "serve.md"))
+    assert f"{millions} million pixels" in security and f"{millions} million pixels" in serve
+    assert f"at most {MAX_RATIO} times the size of the archive" in security
+    assert f"A request above {MAX_BODY // 10**6} MB" in serve
 
 
 def code_map() -> Iterator[Path]:

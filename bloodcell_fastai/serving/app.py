@@ -6,7 +6,6 @@ import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from shutil import copyfileobj
@@ -28,6 +27,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import Message
 
+from .. import __version__
 from ..data.demo import CLASSES, COPY_SIZE, draw_photograph
 from ..data.splits import count_known, describe_leakage, leakage, photo_groups
 from ..errors import BloodcellError, MissingFileError
@@ -351,7 +351,7 @@ def describe_api(root_path: str) -> dict[str, Any]:
     model = {"responses": {"200": body(ModelCard, "What the model is, its scores and limits.")}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "bloodcell", "version": version("bloodcell-fastai")},
+        "info": {"title": "bloodcell", "version": __version__},
         "servers": [{"url": root_path or "/"}],
         "paths": {"/api/model": {"get": model}, "/api/predict": {"post": predict}},
         "components": {"schemas": schemas["$defs"]},

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from fastai.vision.all import Learner, set_seed
 
+from .. import __version__
 from ..config import ResolvedConfig
 from ..data.loaders import config_dls
 from ..distributed import (
@@ -38,7 +39,7 @@ from .callbacks import (
 from .learner import blood_learner
 
 BODY_LR_FACTOR = 1 / 3  # pretrained features should change less than the new head
-TRACKED = ("torch", "fastai", "timm", "numpy", "bloodcell-fastai")
+TRACKED = ("torch", "fastai", "timm", "numpy")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def resolve(config: ResolvedConfig, learn: Learner) -> ResolvedConfig:
         versions=(
             f"python {platform.python_version()}",
             *(f"{name} {version(name)}" for name in TRACKED),
+            f"bloodcell-fastai {__version__}",
         ),
     )
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from timeit import Timer
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ... import __version__
 from ...data.cache import PictureBatch
 from ...data.crop import crop_image
 from ...data.images import open_image
@@ -189,7 +189,7 @@ def _graph_metadata(run: Run, predictor: Predictor) -> dict[str, str]:
         "architecture": config.arch,
         "run": run.name,
         "warnings": json.dumps(config.warnings),
-        "made_by": f"bloodcell-fastai {version('bloodcell-fastai')}",
+        "made_by": f"bloodcell-fastai {__version__}",
     }
 
 
