@@ -132,7 +132,8 @@ def describe_data(
     for warning in dataset.warnings:
         reporter.warn(warning)
     reporter.say(f"{dataset.root}: {len(dataset.table):,} images")
-    _print_table(dataset.counts_with_totals.reset_index(), "Images per subset and class")
+    counts = dataset.counts_with_totals.reset_index(allow_duplicates=True)  # of a class "subset"
+    _print_table(counts, "Images per subset and class")
     sizes = ", ".join(f"{w}x{h} ({n:,} images)" for (w, h), n in dataset.sizes.items())
     reporter.say(f"Sizes: {sizes}")
     reporter.say(f"Images whose photograph is known: {dataset.n_known:,}")
@@ -408,8 +409,8 @@ class TerminalReporter(Reporter):
 
 def _print_table(table: "pd.DataFrame", title: str) -> None:
     grid = Table(title=title, title_justify="left")
-    for name in table.columns:
-        numeric = table[name].dtype.kind in "if"
+    for name, kind in zip(table.columns, table.dtypes, strict=True):
+        numeric = kind.kind in "if"
         grid.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
         grid.add_row(*map(_cell, row))

@@ -66,8 +66,12 @@ class Dataset:
 
     @property
     def counts_with_totals(self) -> pd.DataFrame:
-        """:attr:`counts` with a last row and a last column ``all``."""
-        return pd.crosstab(self.table.subset, self.table.label, margins=True, margins_name="all")
+        """:attr:`counts` with a last row and a last column ``all``, in brackets where a class has
+        that name."""
+        name = "all"
+        while name in {*self.table.label, *self.table.subset}:
+            name = f"({name})"
+        return pd.crosstab(self.table.subset, self.table.label, margins=True, margins_name=name)
 
 
 def open_dataset(

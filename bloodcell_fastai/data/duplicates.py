@@ -191,7 +191,8 @@ def known_photos(paths: Sequence[str | Path], table: Path = KAGGLE_TABLE) -> pd.
         BloodcellError: the file is no such table.
     """
     try:
-        known = pd.read_csv(table, dtype={"digest": str, "original": str, "photo": str})
+        texts = dict.fromkeys(["digest", "original", "photo"], str)
+        known = pd.read_csv(table, dtype=texts, keep_default_na=False)  # a photograph may be "NA"
         known = known[["digest", *COLUMNS[1:]]]
     except (ValueError, KeyError, LZMAError, EOFError) as error:
         reason = str(error).partition("\n")[0]

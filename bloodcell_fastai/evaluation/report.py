@@ -190,7 +190,7 @@ def count_images(table: pd.DataFrame) -> list[dict]:
 
     labels = sorted(set(table.label))
     return [{"label": label, "counts": count(table.label == label)} for label in labels] + [
-        {"label": "All", "counts": count(table.label == table.label)}
+        {"label": "All classes", "counts": count(table.label == table.label)}
     ]
 
 

@@ -8,6 +8,7 @@ from timm.models import PretrainedCfg
 
 from ..config import ResolvedConfig
 from ..data.splits import count_known, describe_leakage, leakage, photo_groups
+from ..errors import printable
 from ..evaluation.interpretation import read_metrics
 from ..evaluation.report import reproduce_command
 from ..model.pretrained import PRETRAINED, Source, pretrained_source
@@ -58,6 +59,7 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
         leakage=describe_leakage(leakage(table), n_known, len(table)),
         metrics=metrics,
         headlines=HEADLINES,
+        in_table=_in_table,
         calibration=run.calibration,
         initial_terms=_initial_terms(config),
         epochs=len(run.history),
@@ -93,6 +95,11 @@ def _metadata(
         eval_results=results or None,
         model_name=name if results else None,
     )
+
+
+def _in_table(name: str) -> str:
+    """The name of a class, which may hold anything, in a cell of a Markdown table."""
+    return printable(name).replace("\n", " ").replace("|", "\\|")
 
 
 def _imagenet_weights(config: ResolvedConfig) -> PretrainedCfg | None:

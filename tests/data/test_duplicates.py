@@ -232,6 +232,14 @@ def test_the_table_of_known_photographs_finds_renamed_files(with_originals, tmp_
     assert known.iloc[0].drop("path").to_dict() == row.drop("path").to_dict()
 
 
+def test_a_photograph_may_be_called_as_a_missing_value(tmp_path):
+    path = save(tmp_path / "a.png", np.zeros((9, 9, 3), np.uint8))
+    row = {"path": path, "original": "NA", "photo": "nan", "inliers": 0, "margin": 0}
+    write_known_photos(pd.DataFrame([row]), tmp_path / "table.csv.xz")
+    known = known_photos([path], tmp_path / "table.csv.xz")
+    assert known[["original", "photo"]].values.tolist() == [["NA", "nan"]]
+
+
 def test_the_table_of_the_kaggle_set():
     known = pd.read_csv(KAGGLE_TABLE)
     assert len(known) == 12_515 - 2  # two files are there twice

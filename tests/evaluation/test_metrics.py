@@ -16,6 +16,7 @@ from bloodcell_fastai.evaluation.metrics import (
     labelled_predictions,
     resample_photos,
 )
+from bloodcell_fastai.files import read_table, write_table
 from bloodcell_fastai.model.calibration import softmax
 
 CLASSES = ("A", "B", "C")
@@ -50,6 +51,33 @@ def make_evaluation(n_photos: int = 40, copies: int = 5, seed: int = 0) -> Evalu
         }
     )
     return Evaluation(predict(table, probabilities), CLASSES, 0.25)
+
+
+WORDS = ("007", "1", "=1+1", "NA", "None", "True", "accuracy", "all", "label", "nan", "p_all")
+
+
+def test_classes_called_as_words_of_ours_or_of_a_library(tmp_path):
+    """Their metrics are those of any other names, also from the table that is written."""
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(len(WORDS)), 4)
+    probabilities = softmax(rng.normal(size=(len(labels), len(WORDS))))
+
+    def evaluate(classes):
+        table = pd.DataFrame({"label": np.array(classes)[labels], "photo": ""})
+        table["path"] = [f"/{i}.jpg" for i in range(len(labels))]
+        return Evaluation(predict(table, probabilities, classes), classes)
+
+    plain = evaluate(tuple("abcdefghijk"))
+    found = evaluate(WORDS)
+    write_table(tmp_path / "predictions.csv", found.predictions)
+    numbers = ["confidence", "loss", *(f"p_{name}" for name in WORDS)]
+    again = Evaluation(read_table(tmp_path / "predictions.csv", ["label"], numbers), WORDS)
+    for evaluation in (found, again):
+        metrics = json.loads(json.dumps(evaluation.metrics))
+        assert metrics["classes"] == list(WORDS) == list(metrics["per_class"])
+        assert list(metrics["per_class"].values()) == list(plain.metrics["per_class"].values())
+        assert metrics["confusion_matrix"] == plain.metrics["confusion_matrix"]
+        assert all(f" {name} " in evaluation.classification_report() for name in WORDS)
 
 
 def test_figures_agree_with_scikit_learn_and_with_each_other():

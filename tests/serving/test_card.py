@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ from huggingface_hub import ModelCard
 
 from bloodcell_fastai import Run, export_run
 from bloodcell_fastai.evaluation.interpretation import read_metrics
+from bloodcell_fastai.files import write_json
 from bloodcell_fastai.model.pretrained import PRETRAINED, pretrained_path
 from bloodcell_fastai.serving.card import model_card
 
@@ -36,6 +38,18 @@ def test_the_card_of_an_interpreted_run(trained, tmp_path):
         assert words in card.text
     assert str(run.root.parent) not in card.content
     assert "{{" not in card.content
+
+
+def test_any_name_of_a_class_stays_in_its_cell_of_the_table(trained, tmp_path):
+    run = changed(trained, tmp_path / "named")
+    values = json.loads((run.path / "metrics.json").read_text())
+    names = ["all", "a|b", "c\nd", "items"]
+    values |= {"classes": names}
+    values["per_class"] = dict(zip(names, values["per_class"].values(), strict=True))
+    write_json(run.path / "metrics.json", values)
+    card = model_card(run, "timm")
+    for shown in ("| all |", "| a\\|b |", "| c d |", "| items |"):
+        assert f"\n{shown}" in card
 
 
 def test_a_run_that_was_not_interpreted(trained, tmp_path):
