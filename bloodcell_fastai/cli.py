@@ -27,6 +27,7 @@ from typer.main import get_command
 
 from .config import Config, flags
 from .errors import BloodcellError, UsageError, disk_error, printable
+from .files import user_home
 from .reporter import Reporter, SilentReporter
 
 if TYPE_CHECKING:
@@ -139,8 +140,8 @@ def describe_data(
     reporter.say(f"Images whose photograph is known: {dataset.n_known:,}")
     reporter.say(f"Original photographs beside them: {len(dataset.originals):,}")
     reporter.say(f"Unreadable files: {len(dataset.unreadable):,}")
-    for path in dataset.unreadable:
-        reporter.say("  " + _one_line(str(path)))
+    for path, reason in dataset.unreadable.items():
+        reporter.say("  " + _one_line(f"{path}: {reason}"))
     save_figure(contact_sheet(dataset.table), out)
     reporter.say(f"Contact sheet: {out}")
 
@@ -308,7 +309,7 @@ def predict(
         predictor = Predictor.load(
             open_model(run, runs, reporter, data), tta, min_confidence, device
         )
-        images = find_images(paths, sys.stdin)
+        images = find_images(paths, getattr(sys.stdin, "buffer", sys.stdin))
         outcome = predict(predictor, images, out, resume, reporter.progress)
     if isinstance(reporter, TerminalReporter):
         _print_outcome(outcome, out)
@@ -448,6 +449,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are listed
     warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
     _accept_any_name()
+    os.environ.setdefault("HOME", str(user_home()))  # libraries fail without one, each in its way
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

@@ -47,6 +47,22 @@ class MissingFileError(BloodcellError, FileNotFoundError):
     """A file, a folder or a run that is not there."""
 
 
+class NoNetworkError(BloodcellError):
+    """This machine has no network at all."""
+
+
+class BloodcellWarning(UserWarning):
+    """What a user must know and the library goes on with; ``train`` tells its reporter."""
+
+
+class WeightsWarning(BloodcellWarning):
+    """The model starts from other weights than a reader would expect."""
+
+
+class CacheWarning(BloodcellWarning):
+    """Decoded images cannot be kept: every epoch decodes them again."""
+
+
 def disk_error(error: OSError) -> BloodcellError:
     """A :class:`BloodcellError` for a file or folder that the system would not read or write."""
     where = f": {error.filename}" if error.filename else ""

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,17 +30,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     the block succeeds, so that a reader sees the old file or the new one, never half of either."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    temporary.touch(exist_ok=False)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where it is
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _named(path, temporary):
+        temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,12 +52,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise FileExistsError(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    temporary.mkdir()
+    with _named(path, temporary):
+        temporary.mkdir()
+        try:
+            yield temporary
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """A block whose errors name ``path``: the name of ``temporary`` tells a user nothing, and a
+    full disk does not say where it is."""
     try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except OSError as error:
+        if str(error.filename or temporary) == str(temporary):
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -76,7 +88,9 @@ def sole_writer(folder: Path, timeout: float = -1) -> Iterator[None]:
     from filelock import FileLock  # every command imports this module, and few need a lock
 
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock", timeout=timeout):
+    # Who may write to the folder may lock it, whatever the umask of who came first.
+    mode = folder.stat().st_mode & 0o666 | 0o600
+    with FileLock(folder / ".lock", timeout=timeout, mode=mode):
         remove_unfinished(folder)
         yield
 
@@ -168,15 +182,24 @@ def read_table(
         table = parse_csv(_read_bytes(path, hint))
     except (csv.Error, ValueError) as error:
         raise DataError(f"{path} is not a CSV table: {error}.", hint) from None
-    for name in (*columns, *numbers):
-        if (found := list(table).count(name)) != 1:
-            raise DataError(f"{path} has {found} columns {name}.", hint)
+    require_columns(path, table, (*columns, *numbers), hint)
     for name in numbers:
         with suppress(ValueError, TypeError, OverflowError):
             table[name] = pd.to_numeric(table[name])
         if table[name].dtype.kind not in "if" and not table.empty:
             raise DataError(f"{path}: a value of {name} is no number.", hint)
     return table
+
+
+def require_columns(path: Path, table: "pd.DataFrame", columns: Sequence[str], hint: str) -> None:
+    """Refuse a table that has not each of the columns, and once.
+
+    Raises:
+        BloodcellError: it is of the file ``path``, and has not.
+    """
+    for name in columns:
+        if (found := list(table).count(name)) != 1:
+            raise DataError(f"{path} has {found} columns {name}.", hint)
 
 
 def parse_csv(content: bytes) -> "pd.DataFrame":
@@ -187,13 +210,39 @@ def parse_csv(content: bytes) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    if b"\0" in content:  # which no name can hold
+    if "\0" in (text := decode_text(content)):  # which no name can hold
         raise ValueError("it holds zero bytes")
-    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
     if any(len(row) != len(header) for row in rows):
         raise ValueError("it has rows of another length than its header")
     return pd.DataFrame(rows, columns=header, dtype=str)
+
+
+def decode_text(content: bytes) -> str:
+    """Text of any program, without a byte order mark: UTF-8, or UTF-16 with that mark, as Windows
+    PowerShell writes it. Names of files in it may be in any encoding."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        with suppress(UnicodeDecodeError):
+            return content.decode("utf-16")
+    return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+
+
+def spellings(listed: str) -> list[str]:
+    """What a path in a list may mean that another program made, or a person: the path as it is
+    written, without blanks and quotes around it, and with slashes for backslashes."""
+    plain = listed.strip()
+    if len(plain) > 1 and plain[0] == plain[-1] and plain[0] in "\"'":
+        plain = plain[1:-1]
+    return list(dict.fromkeys((listed, plain, plain.replace("\\", "/"))))
+
+
+def user_home() -> Path:
+    """The user's home; where the system knows of none, a folder among the temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:  # no $HOME, and a user without an entry in the system's table
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        return Path(tempfile.gettempdir(), f"bloodcell_fastai-{user}")
 
 
 def _read_bytes(path: Path, hint: str) -> bytes:

@@ -1,17 +1,26 @@
+import errno
+import os
+import stat
 import threading
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+import bloodcell_fastai
 from bloodcell_fastai import BloodcellError
 from bloodcell_fastai.files import (
     atomic_folder,
     atomic_path,
+    decode_text,
+    parse_csv,
     read_json,
     read_model,
     read_table,
     sole_writer,
+    spellings,
+    user_home,
     write_json,
     write_table,
     write_text,
@@ -26,6 +35,20 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["touch", "replace"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, name):
+    """And not the temporary one beside it."""
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", self)
+
+    monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(PermissionError) as caught:
+        write_text(tmp_path / "file.txt", "new")
+    assert caught.value.filename == str(tmp_path / "file.txt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_write_replaces_the_file(tmp_path):
@@ -84,6 +107,36 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
+@pytest.fixture
+def umask():
+    """The usual one, which gives a group no right to write."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("folder", "lock"), [(0o775, 0o664), (0o777, 0o666), (0o700, 0o600)])
+def test_who_may_write_to_a_folder_may_lock_it(tmp_path, umask, folder, lock):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(folder)
+    with sole_writer(tmp_path / "shared"):
+        pass
+    assert stat.S_IMODE((tmp_path / "shared" / ".lock").stat().st_mode) == lock
+
+
+def test_the_umask_holds_and_is_not_touched(tmp_path, umask, monkeypatch):
+    """To read it is to change it, for all threads: another would make files anyone may write."""
+    monkeypatch.setattr(os, "umask", None)
+    write_text(tmp_path / "file.txt", "")
+    with atomic_folder(tmp_path / "out"), sole_writer(tmp_path / "locked"):
+        pass
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+    for path in Path(bloodcell_fastai.__file__).parent.rglob("*.py"):
+        assert "umask(" not in path.read_text(), path
+    monkeypatch.undo()
+
+
 NAMES = ["plain", "a,b", 'quo"te', "line\nbreak", "carriage\rreturn", "caf\udce9", "NA", "007", ""]
 
 
@@ -99,6 +152,50 @@ def test_a_table_of_another_program(tmp_path):
     """Spreadsheets begin a file with a mark, and end lines otherwise."""
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfpath,photo\r\n\r\na,1\r\n")
     assert read_table(tmp_path / "t.csv", ["path", "photo"]).values.tolist() == [["a", "1"]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_text_of_other_programs(encoding):
+    mark = "\ufeff" if encoding[-3:] in ("-le", "-be") else ""
+    text = "path,photo\r\nA\\zellčß.png,1\r\n"
+    content = (mark + text).encode(encoding)
+    assert decode_text(content) == text
+    assert parse_csv(content).values.tolist() == [["A\\zellčß.png", "1"]]
+
+
+def test_a_name_in_any_encoding_is_not_taken_for_another():
+    for content in (b"caf\xe9.png", b"\xff\xfea.png"):  # the second begins as UTF-16 does
+        assert os.fsencode(decode_text(content)) == content
+
+
+@pytest.mark.parametrize(
+    ("listed", "last"),
+    [
+        ("A/1.png", "A/1.png"),
+        ("  A/1 2.png\t", "A/1 2.png"),
+        ('"A/1.png"', "A/1.png"),
+        (" 'A\\1.png' ", "A/1.png"),
+        ('"', '"'),
+        ("  ", ""),
+    ],
+)
+def test_the_spellings_of_a_path_in_a_list(listed, last):
+    found = spellings(listed)
+    assert found[0] == listed and found[-1] == last
+    assert len(set(found)) == len(found)
+
+
+def test_a_user_without_a_home_has_a_folder_among_the_temporary_files(monkeypatch, tmp_path):
+    """As in a container that runs under a number of which its system knows nothing."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    assert user_home() == Path.home()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert user_home() == tmp_path / f"bloodcell_fastai-{os.getuid()}"
 
 
 @pytest.mark.parametrize(

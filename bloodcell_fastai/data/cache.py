@@ -1,8 +1,10 @@
 """From image files to uint8 batches: decoded ahead by threads, or once for all into a cache."""
 
+import errno
 import hashlib
 import os
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import DataError
-from ..files import atomic_path, sole_writer
+from ..errors import CacheWarning, DataError
+from ..files import atomic_path, sole_writer, user_home
 from ..reporter import Progress, no_progress
 from .crop import crop_image
-from .images import open_image
+from .images import open_image, why_unreadable
 
 CACHE_VERSION = 4  # raise it when decode() gives other pixels
 SPARE_DISK = 2**30  # bytes the cache leaves free
@@ -121,7 +123,8 @@ class ImageReader:
     ) -> "ImageReader":
         """A reader of ``paths`` with the cache of just these files, if there is one.
 
-        With ``build`` the cache is made, by one process at a time, if the disk has room for it.
+        With ``build`` the cache is made, by one process at a time. Where the disk has no room for
+        it, or its folder cannot be written to, a :class:`CacheWarning` says so.
 
         Raises:
             BloodcellError: an image cannot be read (with ``build``).
@@ -195,10 +198,8 @@ class ImageReader:
         """The image, or why it cannot be read."""
         try:
             return decode(path, self.size, self.crop, self.change)
-        except OSError as error:
-            return str(error).removeprefix(f"{path}: ")
-        except Exception as error:  # a decoder that fails in its own way, or has no memory left
-            return f"{type(error).__name__}: {error}"
+        except Exception as error:  # a decoder may fail in its own way, or have no memory left
+            return why_unreadable(path, error)
 
     def _collect(self, paths: Sequence[str], futures: Sequence[Future]) -> PictureBatch:
         results = [(path, future.result()) for path, future in zip(paths, futures, strict=True)]
@@ -215,16 +216,23 @@ class ImageReader:
     def _load_or_build(
         self, file: Path, paths: Sequence[str], progress: Progress
     ) -> np.ndarray | None:
-        """The cache, made if no other process has made it meanwhile; None if it cannot be kept."""
+        """The cache, made if no other process has made it meanwhile; None, with a warning, if it
+        cannot be kept."""
         try:
             with sole_writer(file.parent):
-                cached = _load(file, len(paths), self.size)
-                needed = len(paths) * _row_type(self.size).itemsize + SPARE_DISK
-                if cached is None and shutil.disk_usage(file.parent).free > needed:
+                if (cached := _load(file, len(paths), self.size)) is None:
+                    _require_room(file.parent, len(paths) * _row_type(self.size).itemsize)
                     self._build(file, paths, progress)
                     cached = _load(file, len(paths), self.size)
                 return cached
-        except OSError:  # a full disk, a folder that is not ours: images are decoded as they come
+        except OSError as error:  # images are decoded as they come
+            warnings.warn(
+                f"NO CACHE: decoded images cannot be kept in {file.parent} "
+                f"({error.strerror or error}). They are decoded again in every epoch, which takes "
+                "longer. $BLOODCELL_CACHE can name another folder.",
+                CacheWarning,
+                stacklevel=3,
+            )
             return None
 
     def _build(self, file: Path, paths: Sequence[str], progress: Progress) -> None:
@@ -253,6 +261,14 @@ class ImageReader:
                 stale.unlink(missing_ok=True)
 
 
+def _require_room(folder: Path, needed: int) -> None:
+    """Raise an OSError where a file of ``needed`` bytes would leave too little of the disk."""
+    free = shutil.disk_usage(folder).free
+    if free <= needed + SPARE_DISK:
+        room = f"{needed / 1e9:.1f} GB are needed, and {SPARE_DISK / 1e9:.1f} GB to spare"
+        raise OSError(errno.ENOSPC, f"{room}; {free / 1e9:.1f} GB are free")
+
+
 def require_readable(batch: PictureBatch) -> None:
     """Refuse a batch with files that cannot be read.
 
@@ -270,7 +286,7 @@ def cache_root() -> Path:
     """Folder of the decoded images: ``$BLOODCELL_CACHE``, else one in the user's cache."""
     if chosen := os.environ.get("BLOODCELL_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bloodcell_fastai")
+    return Path(os.environ.get("XDG_CACHE_HOME") or user_home() / ".cache", "bloodcell_fastai")
 
 
 def cache_file(paths: Sequence[str], size: int, crop: str) -> Path | None:

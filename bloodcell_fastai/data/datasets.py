@@ -1,24 +1,34 @@
 """From a folder, a zip or a download to the image table."""
 
+import errno
 import os
 import socket
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import numpy as np
 import pandas as pd
 
-from ..errors import BloodcellError, DataError, MissingFileError
+from ..errors import BloodcellError, DataError, MissingFileError, NoNetworkError
 from ..files import sole_writer
 from ..reporter import Progress, no_progress
 from .archives import content_key, unpack
 from .demo import make_demo
 from .duplicates import with_photos
-from .images import has_image_name, image_size, is_hidden, list_images, refuse_folder
+from .images import (
+    has_image_name,
+    image_size,
+    is_hidden,
+    list_images,
+    refuse_folder,
+    why_unreadable,
+)
 from .splits import count_known
 
 KAGGLE_HANDLE = "paultimothymooney/blood-cells"
@@ -30,6 +40,7 @@ KAGGLE_COUNTS = {
 }
 SUBSET_NAMES = {"train", "training", "valid", "val", "validation", "test", "testing", "test_simple"}
 MAX_UNREADABLE = 0.05  # of all images
+KAGGLE_TIMEOUT = (10, 60)  # seconds to wait for a connection, and for the next bytes
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Dataset:
             the train/test folder, or empty), ``photo`` (an id that the copies of one photograph
             share; empty where the photograph is not known).
         originals: the photographs the images were made from, where the data set has them.
-        unreadable: files that look like images and cannot be read.
+        unreadable: files that look like images and cannot be read, with the reason of each.
         sizes: images per (width, height) in pixels, readable images only.
         warnings: sentences a user must see, such as that the images are drawn.
     """
@@ -50,7 +61,7 @@ class Dataset:
     root: Path
     table: pd.DataFrame
     originals: tuple[Path, ...]
-    unreadable: tuple[Path, ...]
+    unreadable: dict[Path, str]
     sizes: dict[tuple[int, int], int]
     warnings: tuple[str, ...]
 
@@ -88,7 +99,8 @@ def open_dataset(
 
     Args:
         source: a zip, a folder, or ``"demo"``; None for the set under ``home`` if there is
-            one, else a download from Kaggle, else the demo with a warning.
+            one, else a download from Kaggle, else, where there is no network at all, the demo
+            with a warning.
         home: where archives are unpacked and the demo is drawn.
         progress: told how far unpacking and checking have come.
         download: fetches the Kaggle set and returns its folder; kagglehub by default.
@@ -97,7 +109,8 @@ def open_dataset(
         The data set; its ``table`` has a row per readable image.
 
     Raises:
-        BloodcellError: nothing usable is there; the message says what was found.
+        BloodcellError: nothing usable is there, or the download failed; the message says what was
+            found.
 
     Examples:
         >>> from bloodcell_fastai import open_dataset
@@ -119,9 +132,11 @@ def open_dataset(
             if _is_data(candidate):
                 return read_folder(_as_folder(candidate, home, progress), progress)
         try:
-            return read_folder((download or download_kaggle)(), progress)
-        except BloodcellError as error:
+            downloaded = (download or download_kaggle)()
+        except NoNetworkError as error:
             reason = f" {error.message}"
+        else:
+            return read_folder(downloaded, progress)
     folder = home / "demo"
     if not folder.is_dir():
         with sole_writer(home):
@@ -154,23 +169,23 @@ def read_folder(
             f"Only one class in {root}: {table.label[0]}.",
             "Give a folder with one sub-folder per class, two or more.",
         )
-    sizes = _read_sizes(table.path, progress)
-    readable = np.array([size is not None for size in sizes])
-    unreadable = tuple(Path(path) for path in table.path[~readable])
+    sizes, unreadable = _read_sizes(table.path, progress)
     if len(unreadable) > MAX_UNREADABLE * len(table):
         raise DataError(
             f"{len(unreadable):,} of {len(table):,} images cannot be read, "
-            f"such as {unreadable[0]}.",
-            "Download or copy the data set again.",
+            f"such as {describe_unreadable(unreadable)}.",
+            "Copy damaged files again, convert or shrink whole ones, or take them out of the data "
+            "set.",
         )
-    table = with_photos(table[readable].reset_index(drop=True), root)
+    readable = ~table.path.map(Path).isin(unreadable)
+    table, gaps = with_photos(table[readable].reset_index(drop=True), root)
     return Dataset(
         root=root,
         table=table,
         originals=find_originals(root),
         unreadable=unreadable,
-        sizes=pd.Series([size for size in sizes if size]).value_counts().to_dict(),
-        warnings=warnings + _missing_images(root, table),
+        sizes=pd.Series(sizes).value_counts().to_dict(),
+        warnings=warnings + gaps + _missing_images(root, table),
     )
 
 
@@ -185,19 +200,59 @@ def download_kaggle() -> Path:
     """Download the Kaggle set with kagglehub and return its folder.
 
     Raises:
-        BloodcellError: Kaggle cannot be reached or refuses.
+        NoNetworkError: this machine has no network at all.
+        BloodcellError: the download failed in any other way.
     """
-    hint = f"Download it from {KAGGLE_URL} by hand and give the zip as `data`."
+    hint = f"Download it from {KAGGLE_URL} by hand and give the zip as `data`, or use `data=demo`."
+    answers: list = []
     try:
-        socket.create_connection(("www.kaggle.com", 443), timeout=5).close()
-    except OSError as error:
-        raise BloodcellError(f"Kaggle cannot be reached ({error}).", hint) from None
-    import kagglehub  # slow to import, and needed only here
+        import kagglehub  # slow to import, and needed only here
 
-    try:
-        return Path(kagglehub.dataset_download(KAGGLE_HANDLE))
+        with _limited_requests(answers):
+            return Path(kagglehub.dataset_download(KAGGLE_HANDLE))
     except Exception as error:  # kagglehub raises many kinds, also those of its HTTP client
-        raise BloodcellError(f"Kaggle refused the download ({error}).", hint) from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if not answers and _no_network(error):
+            raise NoNetworkError(
+                f"There is no network to download from ({reason}).", hint
+            ) from None
+        raise BloodcellError(f"The download from Kaggle failed ({reason}).", hint) from error
+
+
+@contextmanager
+def _limited_requests(answers: list) -> Iterator[None]:
+    """Collect the answers to HTTP requests, and give those without a time limit
+    :data:`KAGGLE_TIMEOUT`: kagglehub's client sets none and has no option for it."""
+    from requests import Session
+
+    send = Session.send
+
+    def limited(self, request, **options):
+        options["timeout"] = options.get("timeout") or KAGGLE_TIMEOUT
+        answers.append(answer := send(self, request, **options))
+        return answer
+
+    Session.send = limited  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Session.send = send  # type: ignore[method-assign]
+
+
+def _no_network(error: BaseException | None) -> bool:
+    """Whether the first request failed because no name is resolved or no network is within reach.
+
+    Where a proxy is to be used this says nothing: the network is there, and the proxy is wrong.
+    """
+    if {"https", "all"} & getproxies().keys() and not proxy_bypass(urlsplit(KAGGLE_URL).netloc):
+        return False
+    while error is not None:
+        if isinstance(error, socket.gaierror):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.ENETDOWN):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
@@ -284,13 +339,36 @@ def _folders(root: Path) -> list[Path]:
         refuse_folder(error)
 
 
-def _read_sizes(paths: Sequence[str], progress: Progress) -> list[tuple[int, int] | None]:
-    sizes = []
+def _read_sizes(
+    paths: Sequence[str], progress: Progress
+) -> tuple[list[tuple[int, int]], dict[Path, str]]:
+    """The sizes of the images that can be read, and the reason for each that cannot."""
+    sizes, unreadable = [], {}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done, size in enumerate(pool.map(image_size, paths), start=1):
-            sizes.append(size)
+        for done, found in enumerate(pool.map(_try_size, paths), start=1):
+            if isinstance(found, str):
+                unreadable[Path(paths[done - 1])] = found
+            else:
+                sizes.append(found)
             progress("Checking images", done, len(paths))
-    return sizes
+    return sizes, unreadable
+
+
+def _try_size(path: str) -> tuple[int, int] | str:
+    """The size of an image, or why it cannot be read."""
+    try:
+        return image_size(path)
+    except OSError as error:
+        return why_unreadable(path, error)
+
+
+def describe_unreadable(unreadable: Mapping[Path, str], at_most: int = 3) -> str:
+    """Some files that cannot be read, each for another reason, and the reasons."""
+    examples: dict[str, Path] = {}
+    for path, reason in unreadable.items():
+        examples.setdefault(reason, path)
+    some = list(examples.items())[:at_most]
+    return "; ".join(f"{path} ({reason})" for reason, path in some)
 
 
 def _missing_images(root: Path, table: pd.DataFrame) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ image at 10,000 images. A million would need features on disk and an index such 
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -44,7 +45,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from ..errors import BloodcellError, DataError
-from ..files import atomic_path, read_table
+from ..files import atomic_path, read_table, require_columns, spellings
 from .images import is_image
 
 Progress = Callable[[int, int, str], None]
@@ -211,27 +212,78 @@ def write_known_photos(found: pd.DataFrame, table: Path = KAGGLE_TABLE) -> None:
         rows[["digest", *COLUMNS[1:]]].to_csv(part, index=False, compression="xz")
 
 
-def with_photos(table: pd.DataFrame, root: Path) -> pd.DataFrame:
+def with_photos(table: pd.DataFrame, root: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """The image table with ``photo`` filled in where the photographs are known already.
 
-    They are if ``root``, the folder of the data set, holds a ``photos.csv`` (columns ``path``,
-    relative to it, and ``photo``), or if the images are those of Kaggle's set. ``photo`` is empty
-    where the photograph is not known.
+    They are if ``root``, the folder of the data set, holds a ``photos.csv`` (columns ``path`` and
+    ``photo``), or if the images are those of Kaggle's set. ``photo`` is empty where the photograph
+    is not known.
+
+    A path in ``photos.csv`` is relative to ``root``. It may also begin with the name of that
+    folder, or with folders above it, and a name without folders will do where one image alone has
+    it. Blanks and quotes around a path, and backslashes in it, do no harm.
+
+    Returns:
+        The table, and a warning if ``photos.csv`` does not tell the photograph of every image.
 
     Raises:
-        BloodcellError: that file is no such table.
+        BloodcellError: that file is no such table, or has two lines for one image.
     """
     listed = Path(root) / "photos.csv"
+    warnings: tuple[str, ...] = ()
     if listed.is_file():
-        hint = "Make it anew with bloodcell audit, or remove it."
-        found = read_table(listed, ["path", "photo"], hint=hint)
-        if found["path"].duplicated().any():
-            raise DataError(f"{listed} holds a path twice.", hint)
-        found["path"] = [str(Path(root) / path) for path in found["path"]]
+        photo_of, unmatched = _read_photos(listed, table["path"])
+        if len(photo_of) < len(table):
+            warnings = (_describe_gaps(listed, len(photo_of), len(table), unmatched),)
     else:
         found = known_photos(table["path"])
-    photo_of = dict(zip(found["path"], found["photo"], strict=True))
-    return table.assign(photo=[photo_of.get(path, "") for path in table["path"]])
+        photo_of = dict(zip(found["path"], found["photo"], strict=True))
+    return table.assign(photo=[photo_of.get(path, "") for path in table["path"]]), warnings
+
+
+def _read_photos(listed: Path, paths: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The photograph of each image that ``photos.csv`` knows, and its paths that are no image."""
+    hint = "Make it anew with bloodcell audit, or remove it."
+    table = read_table(listed, [], hint=hint).rename(columns=str.strip)
+    require_columns(listed, table, ["path", "photo"], hint)
+    images, by_name = set(paths), _by_name(paths)
+    line_of: dict[str, str] = {}
+    photo_of, unmatched = {}, []
+    for line, photo in zip(table["path"], table["photo"].str.strip(), strict=True):
+        if (path := _listed_image(line, listed.parent, images, by_name)) is None:
+            unmatched.append(line)
+        elif path in line_of:
+            raise DataError(f"{listed} holds a path twice: {line_of[path]!r} and {line!r}.", hint)
+        else:
+            line_of[path] = line
+            if photo:
+                photo_of[path] = photo
+    return photo_of, unmatched
+
+
+def _by_name(paths: Sequence[str]) -> dict[str, str]:
+    """The images whose name no other image has, by that name."""
+    names = [os.path.basename(path) for path in paths]  # noqa: PTH119
+    count = Counter(names)
+    return {name: path for name, path in zip(names, paths, strict=True) if count[name] == 1}
+
+
+def _listed_image(line: str, root: Path, images: set[str], by_name: dict[str, str]) -> str | None:
+    """The image that a path in ``photos.csv`` means; see :func:`with_photos`."""
+    *_, plain = names = spellings(line)
+    parts = plain.split("/")
+    if root.name in parts[:-1]:
+        below = parts[::-1].index(root.name)
+        names.append("/".join(parts[-below:]))
+    readings = (str(root / name) for name in names)
+    return next(filter(images.__contains__, readings), by_name.get(plain))
+
+
+def _describe_gaps(listed: Path, n_known: int, n_images: int, unmatched: list[str]) -> str:
+    text = f"{listed} tells the photograph of {n_known:,} of {n_images:,} images"
+    if unmatched:
+        text += f"; {len(unmatched):,} of its lines match no image, such as {unmatched[0]!r}"
+    return f"{text}. Its paths are relative to its folder; bloodcell audit makes it anew."
 
 
 def match_pair(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import BloodcellError
 
@@ -16,6 +16,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 # dangerous: it passes EPS to Ghostscript, which runs what the file contains.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
 MAX_PIXELS = 89_478_485  # above which Pillow suspects a decompression bomb
+TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir"}
 
 
@@ -34,17 +35,24 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         return _as_shown(_turned(image))
 
 
-def image_size(path: str | Path) -> tuple[int, int] | None:
-    """(width, height) in pixels, or None if the image cannot be decoded to its end."""
-    try:
-        with _opened(path) as image:
-            size = image.size
-            # A JPEG decoded at an eighth still reads every byte, in a fraction of the time.
-            image.draft(image.mode, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
-            image.load()
-            return size
-    except OSError:
-        return None
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels of an image that can be decoded to its end.
+
+    Raises:
+        OSError: it cannot; see :func:`open_image`.
+    """
+    with _opened(path) as image:
+        size = image.size
+        # A JPEG decoded at an eighth still reads every byte, in a fraction of the time.
+        image.draft(image.mode, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
+        image.load()
+        return size
+
+
+def why_unreadable(path: str | Path, error: Exception) -> str:
+    """What an error of this module, or of a decoder, says about a file, without its path."""
+    reason = str(error).removeprefix(f"{path}: ") if isinstance(error, OSError) else ""
+    return reason or f"{type(error).__name__}: {error}"
 
 
 def is_image(path: str | Path) -> bool:
@@ -80,10 +88,14 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise OSError(f"more than {MAX_PIXELS:,} pixels")
+                raise OSError(TOO_LARGE)
             if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
                 raise OSError("32 bits of grey have no agreed brightness")
             yield image
+    except Image.DecompressionBombError:  # whose text names a limit of Pillow's
+        raise OSError(f"{path}: {TOO_LARGE}") from None
+    except UnidentifiedImageError:  # whose text repeats the path
+        raise OSError(f"{path}: cannot identify image file") from None
     except Exception as error:  # on damaged files Pillow's readers raise anything
         raise OSError(f"{path}: {error}") from error
 

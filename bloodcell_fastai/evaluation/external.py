@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.class_names import ClassMatch, match_classes
-from ..data.datasets import Dataset
+from ..data.datasets import Dataset, describe_unreadable
 from ..data.duplicates import digest, known_photos
 from ..data.splits import photo_groups
 from ..errors import BloodcellError, DataError
@@ -108,8 +108,9 @@ def open_external(run: Run, dataset: Dataset, subset: str | None = None) -> Exte
             "Give images it has not seen, such as those of another laboratory.",
         )
     warnings = dataset.warnings
-    if n := len(dataset.unreadable):
-        warnings += (f"{n:,} unreadable images are left out.",)
+    if unreadable := dataset.unreadable:
+        some = describe_unreadable(unreadable)
+        warnings += (f"{len(unreadable):,} unreadable images are left out, such as {some}.",)
     return External(
         root=dataset.root,
         subset=subset or "",

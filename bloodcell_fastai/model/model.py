@@ -16,15 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ..errors import BloodcellError, DataError, MissingFileError, UsageError
+from ..errors import BloodcellError, DataError, MissingFileError, UsageError, WeightsWarning
 from ..files import atomic_path
 from .pretrained import PRETRAINED, pretrained_for, pretrained_weights
 
 HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; with retries well below 15
-
-
-class WeightsWarning(UserWarning):
-    """The model starts from other weights than a reader would expect."""
 
 
 if TYPE_CHECKING:

@@ -14,18 +14,21 @@ import pandas as pd
 from ..data.images import list_images
 from ..distributed import agree, lost_peers_explained, rank, wait_for_all, world_size
 from ..errors import DataError, MissingFileError, UsageError
-from ..files import atomic_path, csv_text, parse_csv
+from ..files import atomic_path, csv_text, decode_text, parse_csv, spellings
 from ..model.inference import Predictor
 from ..reporter import Progress, no_progress
 
 
-def find_images(sources: Iterable[str | Path], listed: Iterable[str] = ()) -> Iterator[str]:
+def find_images(
+    sources: Iterable[str | Path], listed: Iterable[str] | Iterable[bytes] = ()
+) -> Iterator[str]:
     """The image files that the words of a command line mean.
 
     Args:
         sources: files, folders, patterns such as ``cells/*.png``, text files (``.txt``) with a
-            path in each line, or ``-`` for ``listed``.
-        listed: lines with a path each, such as standard input.
+            path in each line, or ``-`` for ``listed``. Paths in a text file are relative to the
+            working folder, or else to the folder of the file or the one above.
+        listed: lines with a path each, such as standard input, as text or as bytes.
 
     Raises:
         BloodcellError: a source does not exist, or a pattern matches nothing.
@@ -37,12 +40,13 @@ def find_images(sources: Iterable[str | Path], listed: Iterable[str] = ()) -> It
                     "Standard input cannot be read by several processes.",
                     "Write them to a file and name that: paths.txt",
                 )
-            yield from _lines(listed)
+            lines = (os.fsencode(line) for line in listed)
+            yield from _listed(b"".join(lines), [""])
         elif os.path.isdir(source):  # noqa: PTH112 of names of any length, unlike Path.is_dir
             yield from map(str, list_images(Path(source)))
         elif source.lower().endswith(".txt") and os.path.isfile(source):  # noqa: PTH113
-            with _open(Path(source), "r") as lines:
-                yield from _lines(lines)
+            folder = Path(source).absolute().parent
+            yield from _listed(Path(source).read_bytes(), ["", str(folder), str(folder.parent)])
         elif os.path.exists(source):  # noqa: PTH110
             yield source
         elif matches := _matching(source):
@@ -263,8 +267,14 @@ def _matching(pattern: str) -> list[str]:
     return sorted(str(match) for match in found if not match.name.startswith("."))
 
 
-def _lines(lines: Iterable[str]) -> Iterator[str]:
-    return (path for line in lines if (path := line.rstrip("\r\n")))
+def _listed(content: bytes, folders: Sequence[str]) -> Iterator[str]:
+    """The paths in a list: the first reading of each line that is there below one of the folders;
+    the line itself, without what is around the path, where none is."""
+    for line in re.split("[\r\n]", decode_text(content)):
+        names = spellings(line)
+        if plain := names[-1]:
+            readings = (os.path.join(folder, name) for folder in folders for name in names)  # noqa: PTH118
+            yield next(filter(os.path.exists, readings), plain)
 
 
 def _open(path: Path, mode: str):

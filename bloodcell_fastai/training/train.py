@@ -1,6 +1,8 @@
 """From a config to a trained run: what ``bloodcell fit`` does, for the library to call too."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pandas as pd
 from fastai.vision.all import Learner
 
 from ..config import Config, ResolvedConfig
-from ..data.datasets import open_dataset
+from ..data.datasets import describe_unreadable, open_dataset
 from ..data.splits import (
     count_known,
     describe_leakage,
@@ -18,9 +20,8 @@ from ..data.splits import (
     split_table,
 )
 from ..distributed import by_first, wait_for_all, world_size
-from ..errors import BloodcellError
+from ..errors import BloodcellError, BloodcellWarning, WeightsWarning
 from ..model.inference import Predictor
-from ..model.model import WeightsWarning
 from ..model.runs import Run, newest_unfinished
 from ..reporter import Reporter, duration
 from .calibrate import calibrate
@@ -98,9 +99,9 @@ def prepare(config: Config, reporter: Reporter) -> tuple[ResolvedConfig, pd.Data
     dataset = open_dataset(config.data or None, progress=reporter.progress)
     for warning in dataset.warnings:
         reporter.warn(warning)
-    if dataset.unreadable:
-        names = ", ".join(path.name for path in dataset.unreadable[:5])
-        reporter.warn(f"{len(dataset.unreadable)} unreadable images are left out, such as {names}.")
+    if unreadable := dataset.unreadable:
+        some = describe_unreadable(unreadable)
+        reporter.warn(f"{len(unreadable):,} unreadable images are left out, such as {some}.")
     # Folds are always by photograph.
     split = config.split if config.folds else kept_split(dataset.table, config.split)
     if split != config.split:
@@ -153,13 +154,10 @@ def _begin(
     dry_run: bool,
     reporter: Reporter,
 ) -> Learner:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", WeightsWarning)
+    with _warnings_told(reporter) as told:
         learn = make_learner(resolved, table, cache=not dry_run, progress=reporter.progress)
-    told = [str(w.message) for w in caught if issubclass(w.category, WeightsWarning)]
-    for warning in told:
-        reporter.warn(warning)
-    known = tuple(dict.fromkeys((*resolved.warnings, *told)))  # another fold may have told them
+    of_weights = (str(w) for w in told if isinstance(w, WeightsWarning))  # which the report shows
+    known = tuple(dict.fromkeys((*resolved.warnings, *of_weights)))  # another fold may have them
     run.start(asked, resolve(resolved, learn).changed(warnings=known), table)
     return learn
 
@@ -197,13 +195,31 @@ def resume_run(run: Run, reporter: Reporter) -> Run:
         checkpoint = run.load_last()
         weights = "none" if checkpoint else None  # the checkpoint brings all weights
         config = run.config.changed(device=run.asked.device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", WeightsWarning)
+        # It was told of its weights when it began.
+        with _warnings_told(reporter, but=WeightsWarning):
             learn = make_learner(config, run.table, weights, progress=reporter.progress)
         done = checkpoint.epochs_done if checkpoint else 0
         reporter.say(f"Resuming {run.name} after epoch {done} of {config.epochs}.")
         complete(learn, run, reporter)
     return run
+
+
+@contextmanager
+def _warnings_told(
+    reporter: Reporter, but: type[Warning] | tuple = ()
+) -> Iterator[list[BloodcellWarning]]:
+    """A block whose :class:`BloodcellWarning` go to the reporter, all or all ``but`` one kind, and
+    to the list; those of libraries go where they would."""
+    told: list[BloodcellWarning] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BloodcellWarning)
+        yield told
+    for each in caught:
+        if not isinstance(each.message, BloodcellWarning):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        elif not isinstance(each.message, but):
+            told.append(each.message)
+            reporter.warn(str(each.message))
 
 
 def complete(learn: Learner, run: Run, reporter: Reporter) -> None:

@@ -19,6 +19,7 @@ from bloodcell_fastai.data.cache import (
     decode,
 )
 from bloodcell_fastai.data.loaders import BloodImage, Crop
+from bloodcell_fastai.errors import CacheWarning
 
 
 @pytest.fixture
@@ -120,12 +121,24 @@ def test_an_image_that_came_later_is_decoded(paths):
     assert np.array_equal(pixels[1].permute(1, 2, 0), decode(paths[-1], 64).pixels)
 
 
-def test_a_full_disk_means_no_cache_and_no_failure(paths, monkeypatch):
+def test_a_full_disk_means_no_cache_and_a_warning(paths, monkeypatch):
     usage = shutil.disk_usage(cache_root().parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
-    reader = ImageReader.open(paths, 64, build=True)
+    with pytest.warns(CacheWarning, match=r"GB are needed.*1\.1 GB are free") as caught:
+        reader = ImageReader.open(paths, 64, build=True)
+    message = str(caught[0].message)
+    assert str(cache_root()) in message
+    assert "again in every epoch" in message and "$BLOODCELL_CACHE" in message
     assert reader.read(paths[:1]).pixels.shape == (1, 3, 64, 64)
     assert cached_files() == []
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_reason(paths, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("BLOODCELL_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(CacheWarning, match="Not a directory"):
+        reader = ImageReader.open(paths, 64, build=True)
+    assert len(reader.read(paths)) == len(paths)
 
 
 def test_an_unreadable_image_leaves_no_half_cache(paths):
@@ -204,6 +217,8 @@ def test_decoded_images_lie_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "bloodcell_fastai"
+    monkeypatch.setattr(cache, "user_home", lambda: tmp_path / "temporary")  # where there is none
+    assert cache_root() == tmp_path / "temporary" / ".cache" / "bloodcell_fastai"
 
 
 def test_files_that_are_gone_have_no_cache(paths):

@@ -1,16 +1,25 @@
+import errno
 import shutil
+import socket
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import requests
 from PIL import Image
 
-from bloodcell_fastai import BloodcellError
+from bloodcell_fastai import BloodcellError, Config, Run, cli
+from bloodcell_fastai.config import ResolvedConfig
 from bloodcell_fastai.data import datasets
 from bloodcell_fastai.data.datasets import open_dataset, read_folder
 from bloodcell_fastai.data.splits import describe_leakage, leakage, split_table
+from bloodcell_fastai.errors import NoNetworkError
+from bloodcell_fastai.files import write_table
+from bloodcell_fastai.model.runs import relative_to
 
 
 def write_images(folder: Path, *names: str, size=(32, 24)) -> None:
@@ -28,7 +37,7 @@ def zip_folder(folder: Path, target: Path) -> Path:
 
 
 def refuse_download() -> Path:
-    raise BloodcellError("Kaggle cannot be reached (test).")
+    raise NoNetworkError("There is no network (test).")
 
 
 def test_demo_has_kaggles_layout(demo):
@@ -63,6 +72,8 @@ def test_photographs_that_are_not_known_are_empty(tmp_path):
     found = read_folder(tmp_path)
     assert found.table.photo.tolist() == ["x", "x", "", "", "y", "", "", ""]
     assert found.n_known == 3
+    assert "photos.csv tells the photograph of 3 of 8 images; 1 of" in found.warnings[0]
+    assert "such as 'gone.png'" in found.warnings[0]
     split = split_table(found.table, "photo")
     assert leakage(split) == 0
     text = describe_leakage(leakage(split), found.n_known, len(split))
@@ -71,10 +82,64 @@ def test_photographs_that_are_not_known_are_empty(tmp_path):
     assert describe_leakage(0.0, 8, 8).startswith("none:")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "A/{}.png,x",
+        "A\\{}.png,x",
+        "cells/A/{}.png,x",
+        "C:\\Users\\me\\cells\\A\\{}.png,x",
+        "/elsewhere/cells/A/{}.png,x",
+        "a{}.png,x",
+        '"A/{}.png",x',
+        " 'A/{}.png' , x ",
+        "./A/{}.png,x",
+        "{root}/A/{}.png,x",
+    ],
+)
+def test_a_list_of_photographs_made_elsewhere(tmp_path, line, encoding):
+    root = tmp_path / "cells"
+    write_images(root / "A", "a1.png", "a2.png")
+    write_images(root / "B", "1.png", "2.png")
+    lines = [line.format("a1", root=root), line.format("a2", root=root)]
+    if line.startswith("a"):
+        lines = ["a1.png,x", "a2.png,x"]
+    text = "\r\n".join(["path, photo", *lines, "B/1.png,y", "B/2.png,y", ""])
+    (root / "photos.csv").write_bytes(text.encode(encoding))
+    found = read_folder(root)
+    assert found.table.photo.tolist() == ["x", "x", "y", "y"]
+    assert found.warnings == ()
+
+
+def test_a_list_of_photographs_that_matches_nothing_is_told(tmp_path):
+    """File names alone do not match where two images have them."""
+    write_images(tmp_path / "A", "1.png", "2.png")
+    write_images(tmp_path / "B", "1.png", "2.png")
+    (tmp_path / "photos.csv").write_text("path,photo\n1.png,x\nother/2.png,x\n")
+    found = read_folder(tmp_path)
+    assert found.n_known == 0
+    assert "photograph of 0 of 4 images; 2 of its lines match no image" in found.warnings[0]
+    (tmp_path / "photos.csv").write_text("path,photo\nA/1.png,\n")
+    assert "photograph of 0 of 4 images. Its paths" in read_folder(tmp_path).warnings[0]
+
+
+def test_what_the_audit_wrote_is_read_again(demo, demo_root, tmp_path):
+    root = Path(shutil.copytree(demo_root, tmp_path / "set"))
+    (root / "photos.csv").unlink()
+    found = pd.DataFrame({"photo": demo.table.photo, "path": demo.table.path})
+    found["path"] = [str(root / Path(path).relative_to(demo_root)) for path in found.path]
+    write_table(root / "photos.csv", relative_to(found, root))
+    again = read_folder(root)
+    assert again.table.photo.tolist() == demo.table.photo.tolist()
+    assert again.warnings == ()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("path,photo\nA/1.png,x\nA/1.png,y\n", "holds a path twice"),
+        ("path,photo\nA/1.png,x\nA\\1.png,y\n", "holds a path twice"),
         ("path,field\nA/1.png,x\n", "0 columns photo"),
         ("path,photo\nA/1.png\n", "rows of another length"),
     ],
@@ -129,6 +194,41 @@ def test_folder_trees(tmp_path, folders, subsets):
     assert len(found.table) == 2 * len([f for f in folders if ".hidden" not in f])
 
 
+# Words of ours, of pandas, of CSV, of Python and of spreadsheets, as names of folders.
+WORDS = ("all", "(all)", "total", "none", "nan", "NA", "null", "True", "1", "007", "1e3")
+WORDS += ("subset", "label", "photo", "path", "part", "p_all", "=1+1", "a|b", "a,b", 'a"b', " a ")
+
+
+def test_classes_called_as_words_of_ours_or_of_a_library(tmp_path, capsys, monkeypatch):
+    for word in WORDS:
+        write_images(tmp_path / "set" / word, *(f"{n}.png" for n in range(1, 6)))
+    dataset = read_folder(tmp_path / "set")
+    assert set(dataset.table.label) == set(WORDS)
+    counts = dataset.counts_with_totals
+    assert set(counts.columns) - set(WORDS) == {"((all))"} == set(counts.index) - {""}
+    assert counts.loc["", "((all))"] == 5 * len(WORDS)
+    assert (dataset.counts.loc[""] == 5).all()
+    for how in ("photo", "random"):
+        split = split_table(dataset.table, how)
+        run = Run(tmp_path / how)
+        run.start(Config(data="set"), ResolvedConfig(data="set", classes=WORDS), split)
+        assert run.config.classes == WORDS
+        assert run.table.label.tolist() == split.label.tolist()
+        assert run.table.photo.tolist() == split.photo.tolist()
+    (tmp_path / "set" / "photos.csv").write_text(
+        "path,photo\n"
+        + "".join(f"{name}/{n}.png,{name}\n" for name in ("NA", "007") for n in (1, 2))
+    )
+    assert set(read_folder(tmp_path / "set").table.photo) == {"", "NA", "007"}
+    monkeypatch.setattr(sys, "argv", ["bloodcell", "data", "--data", str(tmp_path / "set")])
+    monkeypatch.setattr("bloodcell_fastai.evaluation.figures.contact_sheet", lambda table: None)
+    monkeypatch.setattr("bloodcell_fastai.evaluation.figures.save_figure", lambda *args: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    assert "Images whose photograph is known: 4" in capsys.readouterr().out
+
+
 def test_unreadable_images_are_listed_and_left_out(tmp_path):
     names = [f"{number}.jpg" for number in range(30)]
     write_images(tmp_path / "A", *names)
@@ -138,6 +238,8 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path):
     (tmp_path / "B" / "7.jpg").write_text("no image")
     found = read_folder(tmp_path)
     assert [path.name for path in found.unreadable] == ["3.jpg", "7.jpg"]
+    assert "truncated" in found.unreadable[truncated]
+    assert found.unreadable[tmp_path / "B" / "7.jpg"] == "cannot identify image file"
     assert len(found.table) == 58
 
 
@@ -145,8 +247,21 @@ def test_too_many_unreadable_images_are_an_error(tmp_path):
     write_images(tmp_path / "A", "1.jpg", "2.jpg")
     write_images(tmp_path / "B", "1.jpg")
     (tmp_path / "B" / "2.jpg").write_bytes(b"")
-    with pytest.raises(BloodcellError, match=r"1 of 4 images cannot be read"):
+    with pytest.raises(BloodcellError, match=r"1 of 4 images cannot be read, such as .*2\.jpg \("):
         read_folder(tmp_path)
+
+
+def test_whole_files_that_are_not_read_are_told_with_the_reason_and_not_to_be_copied(tmp_path):
+    write_images(tmp_path / "A", "1.png", "2.png")
+    for number in range(3):
+        (tmp_path / "B").mkdir(exist_ok=True)
+        Image.new("F", (9, 9)).save(tmp_path / "B" / f"{number}.tif")
+    (tmp_path / "B" / "9.jpg").write_text("no image")
+    with pytest.raises(BloodcellError, match=r"such as .*0\.tif \(32 bits of grey") as caught:
+        read_folder(tmp_path)
+    assert "9.jpg (cannot identify image file)" in caught.value.message
+    assert "1.tif" not in caught.value.message  # one of each reason
+    assert "convert or shrink" in caught.value.hint and "Download" not in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -199,17 +314,134 @@ def test_without_data_or_network_the_demo_comes_with_a_warning(tmp_path, demo_ro
     found = open_dataset(home=tmp_path / "data", download=refuse_download)
     assert found.root == tmp_path / "data" / "demo"
     assert "DEMO DATA" in found.warnings[0]
-    assert "cannot be reached" in found.warnings[0]
+    assert "There is no network (test)." in found.warnings[0]
 
 
-def test_download_failure_says_what_to_do(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
+def test_a_download_that_failed_is_not_replaced_by_the_demo(tmp_path):
+    def broken() -> Path:
+        raise BloodcellError("broken")
 
-    monkeypatch.setattr(datasets.socket, "create_connection", offline)
-    with pytest.raises(BloodcellError, match="no route to host") as caught:
+    with pytest.raises(BloodcellError, match="broken"):
+        open_dataset(home=tmp_path / "data", download=broken)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BloodcellError, match="No images in"):
+        open_dataset(home=tmp_path / "data", download=lambda: tmp_path / "empty")
+    assert not (tmp_path / "data" / "demo").exists()
+
+
+def use_proxy(monkeypatch, address: str = "") -> None:
+    """Set the proxy of this process; without an address none."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    if address:
+        monkeypatch.setenv("https_proxy", address)
+
+
+def download_with(monkeypatch, download) -> BloodcellError:
+    """The error of a download by a kagglehub that does this, without a proxy."""
+    use_proxy(monkeypatch)
+    kagglehub = SimpleNamespace(dataset_download=download)
+    monkeypatch.setitem(sys.modules, "kagglehub", kagglehub)
+    with pytest.raises(BloodcellError) as caught:
         datasets.download_kaggle()
     assert datasets.KAGGLE_URL in caught.value.hint
+    assert "`data=demo`" in caught.value.hint
+    return caught.value
+
+
+def ask_with(monkeypatch, error: OSError):
+    """A kagglehub that asks a server by requests; the system refuses the connection."""
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return lambda handle: requests.get(datasets.KAGGLE_URL)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
+    ],
+)
+def test_no_network_at_all(monkeypatch, error):
+    caught = download_with(monkeypatch, ask_with(monkeypatch, error))
+    assert isinstance(caught, NoNetworkError)
+    assert "There is no network to download from" in caught.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        requests.exceptions.ProxyError("407 Proxy Authentication Required"),
+        requests.exceptions.SSLError("certificate verify failed"),
+        requests.exceptions.HTTPError("403 Client Error\nand more"),
+        requests.exceptions.ReadTimeout("timed out"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        zipfile.BadZipFile("File is not a zip file"),
+        RuntimeError(),
+    ],
+)
+def test_any_other_failure_of_a_download_is_an_error(monkeypatch, error):
+    def fail(handle):
+        raise error
+
+    caught = download_with(monkeypatch, fail)
+    assert not isinstance(caught, NoNetworkError)
+    reason = str(error).partition("\n")[0] or "RuntimeError"
+    assert caught.message == f"The download from Kaggle failed ({reason})."
+
+
+def test_a_name_that_is_not_resolved_behind_a_server_that_answered(monkeypatch):
+    """Kaggle answers, and the store it sends to cannot be reached."""
+
+    def fail(handle):
+        requests.Session().send(requests.Request("GET", "http://first").prepare())
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(requests.Session, "send", lambda *args, **kwargs: requests.Response())
+    assert not isinstance(download_with(monkeypatch, fail), NoNetworkError)
+
+
+def test_kagglehub_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kagglehub", None)  # whose import is an ImportError then
+    with pytest.raises(BloodcellError, match="The download from Kaggle failed") as caught:
+        datasets.download_kaggle()
+    assert not isinstance(caught.value, NoNetworkError)
+
+
+def test_a_proxy_that_is_not_there_is_an_error(monkeypatch):
+    """With the real kagglehub; port 9 of this machine is closed."""
+    use_proxy(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(BloodcellError, match="The download from Kaggle failed") as caught:
+        datasets.download_kaggle()
+    assert not isinstance(caught.value, NoNetworkError)
+
+
+def test_a_proxy_whose_name_is_not_resolved_is_an_error(monkeypatch):
+    use_proxy(monkeypatch, "http://no-such-proxy:9")
+    download = ask_with(monkeypatch, socket.gaierror(socket.EAI_NONAME, "Name not known"))
+    monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(dataset_download=download))
+    with pytest.raises(BloodcellError, match="The download from Kaggle failed") as caught:
+        datasets.download_kaggle()
+    assert not isinstance(caught.value, NoNetworkError)
+    monkeypatch.setenv("no_proxy", "www.kaggle.com")  # which is asked for directly then
+    with pytest.raises(NoNetworkError):
+        datasets.download_kaggle()
+
+
+def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(datasets, "KAGGLE_TIMEOUT", (1, 0.2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        caught = download_with(monkeypatch, lambda handle: requests.get(url))
+    assert "timed out" in caught.message.lower()
+    assert not isinstance(caught, NoNetworkError)
 
 
 def test_an_incomplete_kaggle_set_is_noticed(demo_root, tmp_path):
@@ -223,4 +455,4 @@ def test_real_counts(real_data):
     assert real_data.counts.to_dict("index") == expected
     assert real_data.warnings == ()
     assert len(real_data.originals) == 366
-    assert real_data.unreadable == ()
+    assert real_data.unreadable == {}

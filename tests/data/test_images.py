@@ -22,7 +22,14 @@ from bloodcell_fastai.data import images
 from bloodcell_fastai.data.cache import ImageReader
 from bloodcell_fastai.data.datasets import read_folder
 from bloodcell_fastai.data.duplicates import find_photos
-from bloodcell_fastai.data.images import image_size, is_image, list_images, open_image
+from bloodcell_fastai.data.images import (
+    TOO_LARGE,
+    image_size,
+    is_image,
+    list_images,
+    open_image,
+    why_unreadable,
+)
 from bloodcell_fastai.serving.predict import PredictionFile, find_images
 
 RED = (200, 30, 40)
@@ -213,18 +220,54 @@ def test_an_image_is_read_as_a_viewer_shows_it(zoo, name):
     assert image.mode == "RGB"
     seen = image.getpixel((image.width - 1, image.height // 2))
     assert np.abs(np.subtract(seen, READABLE[name][1])).max() <= 6, seen
-    assert image_size(zoo / "A" / name) is not None
+    assert min(image_size(zoo / "A" / name)) > 0
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_no_viewer_shows_is_unreadable(zoo, name):
-    reader = threading.Thread(target=lambda: results.append(image_size(zoo / "A" / name)))
-    results: list = []
+
+    def read():
+        with pytest.raises(OSError, match=r".") as caught:
+            image_size(zoo / "A" / name)
+        results.append(caught.value)
+
+    reader, results = threading.Thread(target=read), []
     reader.start()
     reader.join(20)
-    assert results == [None]
+    assert len(results) == 1
     with pytest.raises(OSError, match=r"."):
         open_image(zoo / "A" / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("large.png", TOO_LARGE),
+        ("larger.png", TOO_LARGE),  # Pillow itself refuses these, and names another limit
+        ("grey.tif", "32 bits of grey have no agreed brightness"),
+        ("text.jpg", "cannot identify image file"),
+        ("cut.jpg", "truncated"),
+    ],
+)
+def test_the_reason_is_told_without_the_path(tmp_path, monkeypatch, name, reason):
+    path = tmp_path / name
+    monkeypatch.setattr(images, "MAX_PIXELS", 5000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    if name == "text.jpg":
+        path.write_text("text")
+    elif name == "grey.tif":
+        Image.new("F", (60, 80)).save(path)
+    elif name == "cut.jpg":
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:-300])
+    else:
+        Image.new("RGB", (100, 60 if name == "large.png" else 150)).save(path)
+    with pytest.raises(OSError, match=reason) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image_size(path)
+    assert reason in (told := why_unreadable(path, caught.value))
+    assert str(tmp_path) not in told
 
 
 def test_an_image_is_turned_as_its_exif_says(tmp_path):

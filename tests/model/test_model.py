@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bloodcell_fastai import BloodcellError
+from bloodcell_fastai.errors import WeightsWarning
 from bloodcell_fastai.model.model import (
-    WeightsWarning,
     create_sized,
     load_model,
     load_weights,

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from bloodcell_fastai import BloodcellError, Config, Predictor, Run, train
 from bloodcell_fastai.config import DEFAULT_ARCH, ResolvedConfig
+from bloodcell_fastai.errors import WeightsWarning
 from bloodcell_fastai.model import model as model_module
 from bloodcell_fastai.model import pretrained
-from bloodcell_fastai.model.model import WeightsWarning, load_model
+from bloodcell_fastai.model.model import load_model
 from bloodcell_fastai.model.pretrained import PRETRAINED, pretrained_for, pretrained_path
 from bloodcell_fastai.model.runs import open_model
 from bloodcell_fastai.serving.export.bundle import half_precision

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 
@@ -40,6 +41,30 @@ def test_sources(folder):
     assert list(find_images(["-"], [f"{path}\n" for path in both])) == both
     assert list(find_images([f"{root}/*/*.jpg"])) == both[1:]
     assert list(find_images([f"{root}/**/a*.jpg"])) == both[1:]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_made_elsewhere(folder, monkeypatch, encoding):
+    """On Windows or by hand, with paths relative to the list or as they are seen from above it."""
+    root, both = folder
+    lines = ["b.jpg", '"deep\\a b.jpg"', " in/b.jpg\t", "in\\deep\\a b.jpg", "", "  ", "gone.jpg "]
+    content = "\r\n".join(lines).encode(encoding)
+    (root / "list.txt").write_bytes(content)
+    assert list(find_images([root / "list.txt"])) == [*both, both[0], both[1], "gone.jpg"]
+    monkeypatch.chdir(root)  # from where the paths of standard input are seen
+    stream = io.BytesIO(content)
+    seen = ["b.jpg", "deep/a b.jpg", "in/b.jpg", "in/deep/a b.jpg", "gone.jpg"]
+    assert list(find_images(["-"], stream)) == seen
+
+
+def test_paths_in_a_list_are_relative_to_the_working_folder_first(folder, monkeypatch):
+    root, _ = folder
+    (root / "list.txt").write_text("./b.jpg\n")
+    monkeypatch.chdir(root)
+    assert list(find_images(["list.txt"])) == ["./b.jpg"]
+    shutil.copy(root / "b.jpg", root / "deep")
+    monkeypatch.chdir(root / "deep")
+    assert list(find_images([root / "list.txt"])) == ["./b.jpg"]
 
 
 @pytest.mark.parametrize("source", ["none.jpg", "none/*.jpg"])

@@ -1,9 +1,11 @@
 import shutil
+import warnings
 
 import pandas as pd
 import pytest
 
 from bloodcell_fastai import BloodcellError, Config, Run, train
+from bloodcell_fastai.errors import CacheWarning, WeightsWarning
 from bloodcell_fastai.reporter import SilentReporter
 from bloodcell_fastai.training import train as train_module
 from bloodcell_fastai.training.train import resume
@@ -51,8 +53,48 @@ def test_a_run_is_resumed_where_its_images_are_now_and_on_the_device_that_is_the
     assert not listed.path.str.startswith("/").any()
 
 
+class Recorder(SilentReporter):
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def test_a_cache_that_cannot_be_kept_is_told_in_a_fit_and_in_its_continuation(
+    cut, tmp_path, monkeypatch
+):
+    """And not in the report: the results are the same without it."""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("BLOODCELL_CACHE", str(tmp_path / "file"))
+    reporter = Recorder()
+    fresh = train(cut.asked, tmp_path / "runs", "fresh", reporter=reporter)
+    assert [text.partition(":")[0] for text in reporter.warnings] == ["NO CACHE"]
+    assert fresh.config.warnings == ()
+    reporter = Recorder()
+    resume(cut.path.parent, "cut", reporter)
+    assert [text.partition(":")[0] for text in reporter.warnings] == ["NO CACHE"]
+
+
+def test_weights_are_told_once_and_warnings_of_libraries_stay_warnings():
+    def tell():
+        warnings.warn("RANDOM WEIGHTS", WeightsWarning, stacklevel=2)
+        warnings.warn("NO CACHE", CacheWarning, stacklevel=2)
+        warnings.warn("theirs", UserWarning, stacklevel=2)
+
+    for but, expected in (((), ["RANDOM WEIGHTS", "NO CACHE"]), (WeightsWarning, ["NO CACHE"])):
+        reporter = Recorder()
+        with (
+            pytest.warns(UserWarning, match="theirs") as left,
+            train_module._warnings_told(reporter, but) as told,
+        ):
+            tell()
+        assert reporter.warnings == [str(each) for each in told] == expected
+        assert len(left) == 1
+
+
 def test_what_was_asked_is_kept_beside_what_it_came_to(demo_root, tmp_path):
-    asked = make_config(demo_root, bs=1000)
+    asked, before = make_config(demo_root, bs=1000), set(demo_root.rglob("*"))
     run = train(asked, tmp_path, "plan", dry_run=True, reporter=SilentReporter())
     assert run.asked == asked
     n_train = int((run.table.part == "train").sum())
@@ -62,6 +104,7 @@ def test_what_was_asked_is_kept_beside_what_it_came_to(demo_root, tmp_path):
         "none",
     )
     assert not run.has_model
+    assert set(demo_root.rglob("*")) == before  # which may be read-only
 
 
 def test_the_plan_says_what_will_be_done(demo_root, tmp_path, capsys):
