@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from common import machine
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from bloodcell_fastai import Predictor, Run, open_dataset
 from bloodcell_fastai.data.class_names import match_classes
@@ -46,7 +46,6 @@ from bloodcell_fastai.evaluation.metrics import (
     Evaluation,
     by_photo,
     labelled_predictions,
-    resample_photos,
 )
 
 RECIPES = {  # what differs from the defaults of ``bloodcell fit``
@@ -167,8 +166,8 @@ def difference(evaluation: Evaluation, first: Evaluation) -> list[str]:
     McNemar's exact test."""
     right = [_right(one) for one in (evaluation, first)]
     gains = (right[0].astype(int) - right[1].astype(int)).reindex(right[1].index).to_numpy()
-    resampled = resample_photos(len(gains)) @ gains / len(gains)
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    drawn = bootstrap([gains], np.mean, n_resamples=2000, method="percentile", random_state=0)
+    low, high = drawn.confidence_interval
     won, lost = int((gains > 0).sum()), int((gains < 0).sum())
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
     p_value = f"{p:.3f}" if p >= 0.001 else "< 0.001"

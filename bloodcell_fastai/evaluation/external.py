@@ -16,7 +16,7 @@ from ..data.duplicates import digest, known_photos
 from ..data.splits import photo_groups
 from ..errors import BloodcellError, DataError
 from ..model.runs import Run
-from .metrics import auroc_ci, bootstrap_ci
+from .metrics import auroc_ci, proportion_ci
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,13 @@ def unlike_training(external: External, distance: np.ndarray, unlike: np.ndarray
     Returns:
         ``n_unknown``; ``flagged_known`` and ``flagged_unknown``, fractions of the images flagged;
         ``auroc``, how often an image of an unknown class is further away than one of a known class;
-        each with its 95 % interval from resampled photographs. None where there are no images of
-        one kind.
+        each with its 95 % interval. None where there are no images of one kind.
     """
     unknown, photos = ~external.known, photo_groups(external.table)
     result: dict = {"n_unknown": int(unknown.sum())}
     for name, rows in {"flagged_known": ~unknown, "flagged_unknown": unknown}.items():
-        found = rows.any()
-        result[name] = float(unlike[rows].mean()) if found else None
-        result[f"{name}_ci95"] = bootstrap_ci(unlike[rows], photos[rows]) if found else None
+        result[name] = float(unlike[rows].mean()) if rows.any() else None
+        result[f"{name}_ci95"] = proportion_ci(unlike[rows], photos[rows])
     area, bounds = auroc_ci(distance, unknown, photos)
     return result | {"auroc": area, "auroc_ci95": bounds}
 

@@ -167,7 +167,7 @@ def plot_coverage(evaluation: Evaluation) -> Figure:
     """Selective prediction: accuracy against coverage (El-Yaniv and Wiener 2010).
 
     The risk-coverage curve, drawn as accuracy, which is 1 - risk. Points are confidence thresholds,
-    with 95 % intervals from resampled photographs.
+    with 95 % intervals.
     """
     ranked = evaluation.predictions.sort_values("confidence", ascending=False, kind="stable")
     accuracy = (ranked.label == ranked.predicted).expanding().mean().to_numpy()

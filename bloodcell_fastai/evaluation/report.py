@@ -28,7 +28,7 @@ from ..reporter import duration
 from . import figures
 from .explain import NoHeatMap, heat_maps, overlay
 from .external import External, describe_external
-from .metrics import BOOTSTRAP_SAMPLES, Evaluation
+from .metrics import Evaluation
 from .robustness import CLEAN, read_robustness, robustness_metrics
 
 DASH = "\N{EN DASH}"
@@ -83,7 +83,6 @@ def render_report(
         warnings=all_warnings(config),
         external=external,
         facts=describe_external(external) if external else [],
-        samples=BOOTSTRAP_SAMPLES,
         bins=CALIBRATION_BINS,
         metrics=metrics,
         classes=result.classes,

@@ -30,7 +30,7 @@ from ..model.calibration import reference_table
 from ..model.inference import Predictor
 from ..model.runs import Run
 from ..reporter import Progress, no_progress
-from .metrics import bootstrap_ci
+from .metrics import proportion_ci
 
 ROBUSTNESS_IMAGES = 500  # a corruption takes as long as predicting them: 41 times in all
 CLEAN = "clean"
@@ -131,7 +131,7 @@ def measure_robustness(
         reader = ImageReader(predictor.size, predictor.crop, change=change)
         predicted = predictor.predict_all(images.path, reader).table.predicted
         correct = predicted.to_numpy() == images.label.to_numpy()
-        score = float(correct.mean()), *bootstrap_ci(correct, photos)
+        score = float(correct.mean()), *proportion_ci(correct, photos)
         rows.append((kind, strength, setting, unit, len(images), photos.nunique(), *score))
     progress("Robustness", len(tasks), len(tasks))
     columns = ["kind", "strength", "setting", "unit", *NUMBERS[2:], *FRACTIONS[:3]]

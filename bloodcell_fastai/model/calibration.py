@@ -13,7 +13,7 @@ from ..errors import DataError
 CALIBRATION_BINS = 15
 TEMPERATURES = (0.05, 20.0)
 REFERENCE_IMAGES = 2000
-IN_DISTRIBUTION = 0.95  # of the validation images are within the distance threshold
+IN_DISTRIBUTION = 0.95  # of the validation photographs are within the distance threshold
 _MAX_NEIGHBOURS = 10
 _IMAGES_PER_NEIGHBOUR = 50
 _CHUNK = 4096  # images whose distances to the whole reference are in memory at a time
@@ -123,14 +123,16 @@ def fit_temperature(
     the others. It matters for few images or few errors and vanishes for many.
 
     Args:
-        logits: float (n, classes).
-        labels: int (n,), the true classes.
-        weights: float (n,), how much each image counts; all the same if None.
+        logits: float (images, classes).
+        labels: int (images,), the true classes.
+        weights: float (images,), how much each image counts, n in all, such as
+            :func:`photo_weights`; 1 each if None.
     """
-    n, classes = logits.shape
+    weights = np.ones(len(logits)) if weights is None else weights
+    n, classes = weights.sum(), logits.shape[1]
     values = torch.from_numpy(logits).double()
     targets = torch.full_like(values, 1 / (n + classes))
-    targets[torch.arange(n), torch.as_tensor(labels)] += n / (n + classes)
+    targets[torch.arange(len(labels)), torch.as_tensor(labels)] += n / (n + classes)
 
     def cross_entropy(log_temperature: float) -> float:
         scaled = values / np.exp(log_temperature)
@@ -142,10 +144,18 @@ def fit_temperature(
 
 
 def photo_weights(table: pd.DataFrame) -> np.ndarray:
-    """How much each image counts if every photograph counts the same, float64 (n,): copies are
+    """How much each image counts if every photograph counts as 1, float64 (images,): copies are
     right and wrong together, and 155 of one unusual cell would decide everything."""
     photos = photo_groups(table)
     return 1 / photos.map(photos.value_counts()).to_numpy(float)
+
+
+def weighted_quantile(values: np.ndarray, weights: np.ndarray, q: float) -> float:
+    """numpy's quantile of ``values``, float (n,), of which each counts ``weights``, float (n,)."""
+    order = np.argsort(values)
+    ranked, weights = values[order], weights[order]
+    below = weights.cumsum() - weights  # numpy's own weighted quantile does not interpolate
+    return float(np.interp(q * below[-1], below, ranked))
 
 
 def reference_table(table: pd.DataFrame, n: int = REFERENCE_IMAGES, seed: int = 42) -> pd.DataFrame:

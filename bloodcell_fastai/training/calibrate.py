@@ -1,6 +1,5 @@
 """Calibration of a trained model on the validation images of its table."""
 
-import numpy as np
 import pandas as pd
 from torch.nn.functional import normalize
 
@@ -16,6 +15,7 @@ from ..model.calibration import (
     probability_error,
     reference_table,
     softmax,
+    weighted_quantile,
 )
 from ..model.inference import Predictor
 
@@ -28,7 +28,7 @@ def calibrate(
     One pass over the validation images gives the temperature (Guo et al. 2017), for which each
     photograph counts once however many copies of it there are, and, with the features of up to
     2,000 training images without augmentation, the distance threshold: 95 % of the validation
-    images are within it (Sun et al. 2022).
+    photographs are within it (Sun et al. 2022).
 
     Both are optimistic where the split leaks. Copies of training photographs are predicted with
     a confidence, and are as near to the training images, as new photographs never will be: the
@@ -60,7 +60,8 @@ def calibrate(
     check_labels(valid.label, predictor.classes)
     labels = pd.Index(predictor.classes).get_indexer(valid.label)
     validated = predictor.predict_all(valid.path, reader)
-    temperature = fit_temperature(validated.logits, labels, photo_weights(valid))
+    weights = photo_weights(valid)
+    temperature = fit_temperature(validated.logits, labels, weights)
 
     chosen = reference_table(table[table.part == "train"], seed=seed)
     features = predictor.predict_all(chosen.path, reader).features
@@ -68,7 +69,7 @@ def calibrate(
     distances, _ = reference.nearest(validated.features)
     calibration = Calibration(
         temperature=temperature,
-        distance_threshold=float(np.quantile(distances, IN_DISTRIBUTION)),
+        distance_threshold=weighted_quantile(distances, weights, IN_DISTRIBUTION),
         neighbours=reference.neighbours,
         ece_before=probability_error(softmax(validated.logits), labels),
         ece_after=probability_error(softmax(validated.logits, temperature), labels),

@@ -17,6 +17,7 @@ from bloodcell_fastai.model.calibration import (
     reference_table,
     reliability,
     softmax,
+    weighted_quantile,
 )
 
 
@@ -48,6 +49,31 @@ def test_many_copies_of_one_photograph_count_once():
     weighted = fit_temperature(copies, of_copies, photo_weights(photos))
     assert weighted == pytest.approx(once, rel=0.02)
     assert fit_temperature(copies, of_copies) > 2 * once
+
+
+def test_the_prior_counts_photographs():
+    """Copies of photographs that are all right do not make the model surer."""
+    labels = np.arange(12) % 4
+    logits = 5 * np.eye(4)[labels]
+    photos = pd.DataFrame({"photo": np.repeat(list("abcdefghijkl"), 100), "path": "x"})
+    once = fit_temperature(logits, labels)
+    copied = fit_temperature(logits.repeat(100, axis=0), labels.repeat(100), photo_weights(photos))
+    assert copied == pytest.approx(once, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_a_weighted_quantile_is_numpys_where_all_weigh_the_same(n):
+    values = np.random.default_rng(0).normal(size=n)
+    expected = np.quantile(values, 0.95)
+    assert weighted_quantile(values, np.full(n, 0.5), 0.95) == pytest.approx(expected)
+
+
+def test_copies_of_one_photograph_do_not_move_a_weighted_quantile():
+    values = np.linspace(0, 1, 101)
+    copies, weights = np.append(values, np.full(300, 0.99)), np.append(np.ones(101), np.zeros(300))
+    weights[-300:] = weights[99] = 1 / 301
+    assert weighted_quantile(copies, weights, 0.95) == pytest.approx(0.95, abs=0.01)
+    assert np.quantile(copies, 0.95) == 0.99
 
 
 def test_no_error_at_all_is_not_taken_for_certainty():
