@@ -321,7 +321,7 @@ OPTION_ERRORS = [
     ),
     (f"{FIT} --name a/b", None, "'a/b' cannot name a run", "letters, digits", 2),
     ("fit --resume", None, "No unfinished run in runs/", "bloodcell fit", 1),
-    ("interpret", None, "No run in runs/", "bloodcell fit", 1),
+    ("interpret", None, "No trained run in runs/", "bloodcell fit", 1),
     ("interpret gone", None, "gone is not a run, nor is runs/gone", "Runs here: none", 1),
     ("audit --data DEMO --run gone", None, "gone is not a run", "Runs here", 1),
 ]
@@ -574,7 +574,7 @@ PRETRAINED_ERRORS = [
         "Use --arch resnet18, or other --weights",
         2,
     ),
-    ("interpret", None, "No run in runs/", "bloodcell fit", 1),
+    ("interpret", None, "No trained run in runs/", "bloodcell fit", 1),
     ("interpret pbc", None, "pbc ships with the package, without the", "--data FOLDER", 1),
     ("predict DEMO --run gone", None, "gone is not a run", "Pretrained models: pbc", 1),
     (

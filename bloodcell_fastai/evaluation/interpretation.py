@@ -311,7 +311,7 @@ def write_results(
     folder = folder or run.path
     report = folder / run.report.name
     robustness = None if external else read_robustness(run)
-    metrics = dict(result.metrics)
+    metrics = result.metrics | {"weights": run.weights_hash}
     if robustness is not None:
         metrics["robustness"] = robustness_metrics(robustness)
     write_table(folder / "predictions.csv", _portable(result.predictions, run, external))
@@ -344,6 +344,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Metrics(BaseModel):
     """What others rely on in ``metrics.json``; the rest is kept as it is."""
 
+    weights: str
     classes: list[str] = Field(min_length=1)
     leakage: Fraction | None
     temperature: Annotated[float, Field(gt=0)] | None
@@ -362,12 +363,13 @@ def read_metrics(run: Run) -> dict:
     """What ``metrics.json`` of a run holds.
 
     Raises:
-        BloodcellError: the run was not interpreted yet, or a value that others rely on is wrong.
+        BloodcellError: the run was not interpreted yet, a value that others rely on is wrong, or
+            the results are of other weights.
     """
     path, hint = run.path / "metrics.json", f"Run: bloodcell interpret {run.name}"
     if not path.is_file():
         raise MissingFileError(f"Run {run.name} was not interpreted yet.", hint)
-    read_model(path, Metrics, hint)
+    run.require_weights(read_model(path, Metrics, hint).weights, path, hint)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -141,7 +141,7 @@ def measure_robustness(
 
 def write_robustness(run: Run, table: pd.DataFrame) -> None:
     """Write the table of :func:`measure_robustness` as ``robustness.csv`` of a run."""
-    write_table(run.path / "robustness.csv", table)
+    write_table(run.path / "robustness.csv", table.assign(weights=run.weights_hash))
 
 
 def read_robustness(run: Run) -> pd.DataFrame | None:
@@ -154,7 +154,9 @@ def read_robustness(run: Run) -> pd.DataFrame | None:
     hint = f"Make it anew: bloodcell interpret {run.name} --stress"
     if not path.is_file():
         return None
-    table = read_table(path, ["kind", "unit"], [*NUMBERS, *FRACTIONS], hint)
+    table = read_table(path, ["kind", "unit", "weights"], [*NUMBERS, *FRACTIONS], hint)
+    if (table.pop("weights") != run.weights_hash).any():
+        return None
     fractions, strengths = table[FRACTIONS[:3]].to_numpy(float), table.strength.tolist()
     expected = [0] + [n for c in CORRUPTIONS for n in range(1, len(c.settings) + 1)]
     if strengths != expected or not ((fractions >= 0) & (fractions <= 1)).all():

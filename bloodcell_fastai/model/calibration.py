@@ -30,6 +30,8 @@ class Calibration(BaseModel):
         ece_before: expected calibration error without the temperature, 0 to 1.
         ece_after: the same with it, on the images it was fitted on.
         n_images: validation images.
+        weights: hash of the weights it was found for, ``Run.weights_hash``; empty before
+            ``Run.save_calibration`` sets it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -40,6 +42,7 @@ class Calibration(BaseModel):
     ece_before: float = Field(ge=0, le=1)
     ece_after: float = Field(ge=0, le=1)
     n_images: int = Field(ge=1)
+    weights: str = ""
 
     def __str__(self) -> str:
         return (

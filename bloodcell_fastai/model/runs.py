@@ -1,5 +1,6 @@
 """The folder of a run: the only place that reads or writes one."""
 
+import hashlib
 import json
 import os
 import re
@@ -115,7 +116,7 @@ class Run:
     ) -> "Run":
         """The run of that path, of that name under ``root``, or, where there is no such run,
         the pretrained model of that name that ships with the package; the newest under ``root``
-        if None.
+        with a model if None.
 
         Args:
             path: a folder or a name.
@@ -127,10 +128,9 @@ class Run:
         """
         root = Path(root)
         if path is None:
-            runs = all_runs(root)
-            if not runs:
-                raise MissingFileError(f"No run in {root}/.", "Train one: bloodcell fit")
-            return cls(runs[-1].path, data)
+            if not (trained := trained_runs(root)):
+                raise MissingFileError(f"No trained run in {root}/.", "Train one: bloodcell fit")
+            return cls(trained[-1].path, data)
         for candidate in (Path(path), root / path):
             if (candidate / "config.json").is_file():
                 return cls(candidate, data)
@@ -336,12 +336,41 @@ class Run:
     def save_weights(self, state: Mapping[str, torch.Tensor], classes: Sequence[str]) -> None:
         """Write tensors in timm's naming as ``model.safetensors``, with the names of its outputs.
 
-        The calibration and the robustness of the weights before them are removed.
+        Results of the weights before them are removed.
         """
-        for name in ("calibration.json", "robustness.csv"):
+        for name in ("calibration.json", "metrics.json", "predictions.csv", "robustness.csv"):
             (self.path / name).unlink(missing_ok=True)
+        for folder in (self.report, self.path / "on"):
+            shutil.rmtree(folder, ignore_errors=True)
         metadata = {"classes": json.dumps(list(classes))}
         write_tensors(self.path / "model.safetensors", state, metadata)
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256, in hex, of ``model.safetensors``; of folds that of all their hashes.
+
+        Results carry it, since a file of weights may be replaced.
+        """
+        if self.has_model:
+            with (self.path / "model.safetensors").open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        numbers = range(1, self.config.folds + 1)
+        hashes = "".join(self.fold(number).weights_hash for number in numbers)
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
+    def require_weights(self, weights_hash: str, path: Path, hint: str) -> None:
+        """Refuse results of other weights than the run has now.
+
+        Args:
+            weights_hash: what the results carry.
+            path: their file.
+            hint: how to make them anew.
+
+        Raises:
+            BloodcellError: they are of others.
+        """
+        if weights_hash != self.weights_hash:
+            raise DataError(f"{path} is of other weights than {self.name} has now.", hint)
 
     def load_model(self, learn: Learner) -> None:
         """Put the run's best weights into ``learn``.
@@ -357,11 +386,16 @@ class Run:
         """What :func:`calibrate` found for the run's model; None if it was not calibrated.
 
         Raises:
-            BloodcellError: ``calibration.json`` is not what :meth:`save_calibration` writes.
+            BloodcellError: ``calibration.json`` is not what :meth:`save_calibration` writes, or is
+                of other weights.
         """
         path = self.path / "calibration.json"
         hint = _RECALIBRATE.format(self.name, self.path)
-        return read_model(path, Calibration, hint) if path.is_file() else None
+        if not path.is_file():
+            return None
+        calibration = read_model(path, Calibration, hint)
+        self.require_weights(calibration.weights, path, hint)
+        return calibration
 
     @property
     def reference(self) -> Reference | None:
@@ -394,7 +428,7 @@ class Run:
         path.unlink(missing_ok=True)
         write_tensors(self.path / "reference.safetensors", {"features": reference.features.half()})
         write_table(self.path / "reference.csv", self.relative(reference.table))
-        write_json(path, calibration.model_dump())
+        write_json(path, calibration.model_dump() | {"weights": self.weights_hash})
 
     def require_model(self) -> None:
         """Refuse to go on without a trained model.
@@ -452,6 +486,11 @@ def all_runs(root: str | Path = "runs") -> list[Run]:
     return [Run(path.parent) for path in sorted(configs, key=lambda p: p.stat().st_mtime_ns)]
 
 
+def trained_runs(root: str | Path = "runs") -> list[Run]:
+    """The runs under ``root`` that have a model, or of folds all models, oldest first."""
+    return [run for run in all_runs(root) if run.has_model or run.finished]
+
+
 def open_model(
     path: str | Path | None = None,
     root: str | Path = "runs",
@@ -471,8 +510,8 @@ def open_model(
         BloodcellError: there is no run of that name, or the installation lacks the model.
     """
     if path is None:
-        trained = [run.path for run in all_runs(root) if run.has_model or run.finished]
-        path = trained[-1] if trained else pretrained_path(DEFAULT_PRETRAINED)
+        trained = trained_runs(root)
+        path = trained[-1].path if trained else pretrained_path(DEFAULT_PRETRAINED)
     run = Run.open(path, root, data)
     if pretrained_source(run.path):
         (reporter or Reporter()).warn(introduce(run.name, run.config))

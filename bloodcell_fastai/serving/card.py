@@ -41,11 +41,13 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
     """
     config, table = run.config, run.table[run.table.part != ""]
     metrics = read_metrics(run) if (run.path / "metrics.json").is_file() else {}
+    # Of unknown photographs both rows would be the same.
+    headlines = HEADLINES if metrics.get("n_known") else {"accuracy": HEADLINES["accuracy"]}
     n_known = count_known(table)
     source = pretrained_source(run.path)
     name = repo_id.split("/")[1] if repo_id else run.name
     card = ModelCard.from_template(
-        _metadata(config, metrics, format, name, source),
+        _metadata(config, metrics, headlines, format, name, source),
         template_path=str(TEMPLATE),
         name=name,
         config=config,
@@ -58,7 +60,7 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
         photos=photo_groups(table).groupby(table.part).nunique().to_dict() if n_known else {},
         leakage=describe_leakage(leakage(table), n_known, len(table)),
         metrics=metrics,
-        headlines=HEADLINES,
+        headlines=headlines,
         in_table=_in_table,
         calibration=run.calibration,
         initial_terms=_initial_terms(config),
@@ -68,7 +70,12 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
 
 
 def _metadata(
-    config: ResolvedConfig, metrics: dict, format: str, name: str, source: Source | None
+    config: ResolvedConfig,
+    metrics: dict,
+    headlines: dict[str, str],
+    format: str,
+    name: str,
+    source: Source | None,
 ) -> ModelCardData:
     """The YAML block. It names a licence only for pretrained models that ship with the package:
     for others that is for whoever publishes the weights to say."""
@@ -83,7 +90,7 @@ def _metadata(
             metric_name=title,
             metric_value=round(metrics[key], 4),
         )
-        for key, title in HEADLINES.items()
+        for key, title in headlines.items()
         if metrics
     ]
     return ModelCardData(

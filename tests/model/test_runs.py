@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bloodcell_fastai import (
     BloodcellError,
@@ -24,9 +25,10 @@ from bloodcell_fastai import (
     timm_model,
 )
 from bloodcell_fastai.config import ResolvedConfig
-from bloodcell_fastai.evaluation.interpretation import read_results
+from bloodcell_fastai.evaluation.interpretation import read_metrics, read_results
 from bloodcell_fastai.model.calibration import Calibration, Reference
-from bloodcell_fastai.model.runs import HISTORY, newest_unfinished
+from bloodcell_fastai.model.model import read_tensors
+from bloodcell_fastai.model.runs import HISTORY, newest_unfinished, open_model
 
 CALIBRATION = Calibration(
     temperature=1.5,
@@ -57,11 +59,13 @@ def row(epoch: int, accuracy: float = 0.5) -> dict:
     return dict.fromkeys(HISTORY, 1.0) | {"epoch": epoch, "valid_accuracy": accuracy}
 
 
-def test_the_newest_run_is_opened(tmp_path, demo_table, resolved):
+def test_the_newest_trained_run_is_opened(tmp_path, demo_table, resolved):
     table = split_table(demo_table)
-    for name in ("b", "a"):
+    for name in ("b", "a", "planned"):
         Run.create(tmp_path, name).start(Config(), resolved, table)
-    assert Run.open(root=tmp_path).name == "a"
+        if name != "planned":  # as --dry-run leaves it
+            (tmp_path / name / "model.safetensors").touch()
+    assert Run.open(root=tmp_path).name == open_model(root=tmp_path).name == "a"
     assert Run.open("b", tmp_path).name == Run.open(tmp_path / "b").name == "b"
     assert Run.open("b", tmp_path).table.equals(table.astype(str))
 
@@ -114,7 +118,7 @@ def test_names(tmp_path):
 
 def test_no_runs(tmp_path):
     """As Python itself would say it, for who catches that."""
-    with pytest.raises(FileNotFoundError, match="No run in"):
+    with pytest.raises(FileNotFoundError, match="No trained run in"):
         Run.open(root=tmp_path)
     with pytest.raises(FileNotFoundError, match="not a run") as caught:
         Run.open("nowhere", tmp_path)
@@ -192,13 +196,35 @@ def calibrated(tmp_path) -> Run:
 def test_a_calibration_comes_back(calibrated, tmp_path):
     assert Run(tmp_path / "none").calibration is None
     assert Run(tmp_path / "none").reference is None
-    assert calibrated.calibration == CALIBRATION
+    assert calibrated.calibration.model_copy(update={"weights": ""}) == CALIBRATION
     reference = calibrated.reference
     assert torch.equal(reference.features, torch.eye(2, 3).half())
     assert reference.table.values.tolist() == [["/d/1", "A", "01"], ["/2", "NA", ""]]
     assert reference.neighbours == 2
     listed = pd.read_csv(calibrated.path / "reference.csv")
     assert listed.path.tolist() == ["1", "/2"]  # what is not of the data has no other name
+
+
+def test_new_weights_remove_the_results_of_the_old(trained, tmp_path):
+    run = Run(shutil.copytree(trained.path, tmp_path / "run"))
+    results = ["metrics.json", "predictions.csv", "calibration.json", "report", "on"]
+    (run.path / "on").mkdir()
+    (run.path / "robustness.csv").touch()
+    run.save_weights(read_tensors(run.path / "model.safetensors"), run.config.classes)
+    left = {path.name for path in run.path.iterdir()}
+    assert not left & {*results, "robustness.csv"}
+    assert {"history.csv", "model.safetensors", "split.csv"} <= left
+
+
+def test_results_of_other_weights_are_refused(trained, tmp_path):
+    """A file of weights may be replaced by hand."""
+    run = Run(shutil.copytree(trained.path, tmp_path / "run"))
+    assert read_metrics(run)["weights"] == run.weights_hash == run.calibration.weights
+    state = read_tensors(run.path / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, run.path / "model.safetensors")
+    for read in (read_metrics, read_results, lambda run: run.calibration):
+        with pytest.raises(BloodcellError, match="is of other weights than run has now"):
+            read(run)
 
 
 @pytest.mark.parametrize(

@@ -98,3 +98,13 @@ def test_the_card_of_a_model_that_started_from_pretrained_weights(trained, tmp_p
     card = model_card(changed(trained, tmp_path / "started", **changes), "timm")
     assert f"(cc-by-4.0, trained on the images of {PRETRAINED['pbc'].citation})" in card
     assert ModelCard(card).data.license is None
+
+
+def test_without_known_photographs_there_is_no_accuracy_by_photograph(trained, tmp_path):
+    run = Run(shutil.copytree(trained.path, tmp_path / "run"))
+    assert "Accuracy per photograph" in model_card(run, "timm")
+    values = json.loads((run.path / "metrics.json").read_text())
+    (run.path / "metrics.json").write_text(json.dumps(values | {"n_known": 0}))
+    card = model_card(run, "timm")
+    assert "Accuracy per image" in card
+    assert "Accuracy per photograph" not in card

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ...errors import BloodcellError
-from ...files import atomic_path
+from ...files import atomic_path, read_json, write_json
 from ...model.inference import Predictor
 from ...model.runs import Run
 from ...reporter import Reporter
@@ -16,11 +16,9 @@ from .common import largest_difference, probabilities, validation_pictures
 CHECKED_IMAGES = 256
 MAX_DIFFERENCE = 0.01  # of a probability, between weights in half and in full precision
 MAX_ROUNDING = 2**-10  # of a tensor's largest value; rounding to half precision costs 2**-11
-COPIED = (
-    *("history.csv", "predictions.csv", "metrics.json"),
-    *("reference.safetensors", "reference.csv", "calibration.json"),  # the last makes them valid
-)
-FILES = ("config.json", "split.csv", "model.safetensors", *COPIED, "last/finished.json")
+COPIED = ("history.csv", "predictions.csv", "reference.safetensors", "reference.csv")
+RESULTS = ("metrics.json", "calibration.json")  # they carry the hash of the weights
+FILES = ("config.json", "split.csv", "model.safetensors", *COPIED, *RESULTS, "last/finished.json")
 
 
 def write(run: Run, folder: Path, reporter: Reporter) -> list[str]:
@@ -79,6 +77,11 @@ def _write_run(run: Run, bundle: Run, state: Mapping[str, torch.Tensor]) -> None
                 shutil.copyfile(run.path / name, temporary)
         else:
             (bundle.path / name).unlink(missing_ok=True)  # of another model
+    for name in RESULTS:
+        if (run.path / name).is_file():
+            values = read_json(run.path / name)
+            run.require_weights(values.get("weights"), run.path / name, "Interpret the run again.")
+            write_json(bundle.path / name, values | {"weights": bundle.weights_hash})
     bundle.finish()
     data, table = run.root.name, run.relative(run.table)  # names without their folders
     asked = run.asked.changed(data=data, weights=Path(run.asked.weights).name)
