@@ -293,7 +293,7 @@ def predict(
         bool, typer.Option("--resume", help="Continue an --out that was interrupted.")
     ] = False,
     tta: Annotated[
-        bool, typer.Option("--tta", help="Average over 8 views of each image; 8 times as long.")
+        bool, typer.Option("--tta", help="Average over 8 views of each image: 8 times as long, not calibrated.")
     ] = False,
     min_confidence: MinConfidence = 0.0,
     data: MovedData = None,

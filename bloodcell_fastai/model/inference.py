@@ -57,7 +57,9 @@ class Predictor:
         classes: names in the order of its outputs.
         calibration: None leaves the probabilities as they are.
         reference: training images to compare with; None: no image is flagged as unlike them.
-        tta: average over the eight ways to turn and mirror an image, at eight times the cost.
+        tta: average over the eight ways to turn and mirror an image, at eight times the cost. The
+            temperature was fitted for one view: the probabilities are not calibrated. The distance
+            is that of the image as it is.
         min_confidence: below it an image is flagged as uncertain, 0 to 1.
         device: torch device.
         full_precision: compute in float32 even where the device is faster in less.
@@ -161,6 +163,11 @@ class Predictor:
         return self.calibration.temperature if self.calibration else 1.0
 
     @property
+    def calibrated(self) -> bool:
+        """Whether the probabilities are those that the temperature was fitted for."""
+        return self.calibration is not None and not self.tta
+
+    @property
     def columns(self) -> list[str]:
         """Of the tables it makes."""
         return list(self._nothing().table.columns)
@@ -174,7 +181,7 @@ class Predictor:
         Returns:
             One row per image, in order, with ``path``, ``predicted``, ``confidence``, ``flag``
             (empty, ``uncertain``, ``unlike training`` or ``no cell``), ``p_<CLASS>``
-            (probabilities, 0 to 1, calibrated if the run is) and, where the run has a reference,
+            (probabilities, 0 to 1; see :attr:`calibrated`) and, where the run has a reference,
             ``distance`` to the training images and ``nearest``, the path of the nearest one.
 
         Raises:
@@ -293,7 +300,7 @@ class Predictor:
         return ImageReader(self.size, self.crop)
 
     def _probabilities(self, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """Calibrated probabilities and logits, float64 (n, classes), and features (n, d)."""
+        """Probabilities and logits, float64 (n, classes), and features (n, d)."""
         if not len(pixels):
             nothing = np.empty((0, len(self.classes)))
             width = 0 if self.reference is None else self.reference.features.shape[1]
@@ -304,7 +311,7 @@ class Predictor:
         views = [self.forward(_view(pixels, number)) for number in range(8)]
         probabilities = np.mean([softmax(logits, self.temperature) for logits, _ in views], axis=0)
         logits = np.mean([logits for logits, _ in views], axis=0)
-        return probabilities, logits, torch.stack([features for _, features in views]).mean(0)
+        return probabilities, logits, views[0][1]  # as the threshold was fitted
 
     def _table(
         self, pictures: PictureBatch, probabilities: np.ndarray, features: torch.Tensor
@@ -359,10 +366,11 @@ class Predictor:
 class Ensemble(Predictor):
     """The models of a cross-validation, which predict together.
 
-    Probabilities are the mean of the calibrated ones of the models (a deep ensemble,
-    Lakshminarayanan et al. 2017). ``distance`` is the mean of their distances, and an image is
-    unlike training where it is above the mean of their thresholds; ``nearest`` is that of the
-    model with the smallest distance. Features are those of the models beside one another.
+    Probabilities are the mean of those of the models (a deep ensemble, Lakshminarayanan et al.
+    2017). They are not calibrated: every image was trained on by all models but one. ``distance``
+    is the mean of their distances, and an image is unlike training where it is so for most of
+    them, each by its own threshold; ``nearest`` is that of the model with the smallest distance.
+    Features are those of the models beside one another.
 
     Args:
         members: predictors of models with the same input and the same classes.
@@ -384,12 +392,9 @@ class Ensemble(Predictor):
         found = [member.distances(part) for member, part in zip(self.members, parts, strict=True)]
         if any(each is None for each in found):
             return None
-        limits = [m.calibration.distance_threshold for m in self.members if m.calibration]
-        distances = np.stack([each[0] for each in found if each])
-        paths = np.stack([each[2] for each in found if each])
-        distance = distances.mean(axis=0)
+        distances, unlike, paths = (np.stack(each) for each in zip(*filter(None, found), strict=True))
         nearest = paths[distances.argmin(axis=0), np.arange(len(features))]
-        return distance, distance > np.mean(limits), nearest
+        return distances.mean(axis=0), unlike.mean(axis=0) > 0.5, nearest
 
     def _probabilities(self, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
         found = [member._probabilities(pixels) for member in self.members]

@@ -319,7 +319,7 @@ def describe_model(run: Run, predictor: Predictor) -> ModelCard:
         classes=list(config.classes),
         n_train_images=len(train),
         n_train_photos=photo_groups(train).nunique() if n_known else None,
-        calibrated=predictor.calibration is not None,
+        calibrated=predictor.calibrated,
         min_confidence=predictor.min_confidence,
         scores=scores,
         leakage=describe_leakage(leakage(table), n_known, len(table)),

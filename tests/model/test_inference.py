@@ -192,7 +192,14 @@ def test_turned_images_give_the_same_prediction_with_tta(trained, paths, tmp_pat
     tables = [Predictor.load(trained, tta=tta)(files) for tta in (False, True)]
     spread = [np.ptp(t.filter(like="p_").to_numpy(), axis=0).max() for t in tables]
     assert spread[1] < 1e-3 < spread[0]
-    assert np.ptp(tables[1].distance) < 1e-2
+    # Of the image as it is, for which the threshold was fitted; bfloat16 may round otherwise.
+    assert np.allclose(tables[1].distance, tables[0].distance, atol=1e-2)
+
+
+def test_what_no_temperature_was_fitted_for_is_not_called_calibrated(trained, folds):
+    assert Predictor.load(trained).calibrated
+    assert not Predictor.load(trained, tta=True).calibrated
+    assert not Predictor.load(folds).calibrated
 
 
 @pytest.fixture
@@ -283,9 +290,9 @@ def test_folds_predict_together(folds, paths, tta, tmp_path):
     assert (table.confidence == table.filter(like="p_").max(axis=1)).all()
     distances = np.stack([part.distance for part in single])
     assert np.allclose(table.distance, distances.mean(axis=0), atol=2e-3)
-    limits = [folds.fold(number).calibration.distance_threshold for number in (1, 2)]
-    assert limits[0] != limits[1]
-    assert (table.flag == "unlike training").tolist() == (table.distance > np.mean(limits)).tolist()
+    unlike = [part.flag == "unlike training" for part in single]
+    assert unlike[0].tolist() != unlike[1].tolist()
+    assert (table.flag == "unlike training").tolist() == (unlike[0] & unlike[1]).tolist()
     assert table.flag.iloc[-1] == "unlike training"
     apart = np.abs(distances[0] - distances[1]) > 4e-3
     nearer = np.where(distances[0] < distances[1], single[0].nearest, single[1].nearest)
