@@ -74,14 +74,20 @@ _run_option = functools.partial(typer.Option, rich_help_panel="Run")
 
 def _takes_config(command: Callable[..., None]) -> Callable[..., None]:
     """A decorator: the command gets an option for every field of :class:`Config`, and a config
-    made of these in the place of its first argument. The config checks the values, not Typer."""
+    made of those that were given in the place of its first argument. The config checks the values,
+    not Typer."""
     _, *others = inspect.signature(command).parameters.values()
-    parameters = [*map(_config_option, Config.model_fields), *others]
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    parameters = [context, *map(_config_option, Config.model_fields), *others]
 
     @functools.wraps(command)
-    def called(**values: Any) -> None:
-        config = Config(**{name: values.pop(name) for name in Config.model_fields})
-        command(config, **values)
+    def called(context: typer.Context, **values: Any) -> None:
+        options = {name: values.pop(name) for name in Config.model_fields}
+        sources = {name: context.get_parameter_source(name) for name in options}
+        given = [name for name, source in sources.items() if source and source.name != "DEFAULT"]
+        command(Config(**{name: options[name] for name in given}), **values)
 
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -183,7 +189,8 @@ def fit(
     resume: Annotated[
         bool,
         _run_option(
-            "--resume", help="Continue --name, or the newest unfinished run; uses --data only."
+            "--resume",
+            help="Continue --name, or the newest unfinished run; also elsewhere: --data, --device.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -192,8 +199,10 @@ def fit(
 ) -> None:
     """Train a model and keep its best epoch."""
     with _processes() as reporter:
+        if resume and dry_run:
+            raise UsageError("`dry_run` plans a new run, `resume` continues one.", "Leave out one.")
         if resume:
-            _resume(name, runs, config.data or None, reporter)
+            _resume(name, runs, config, reporter)
         elif config.folds:
             from .evaluation.cross_validation import cross_validate
 
@@ -206,17 +215,19 @@ def fit(
             train(config, runs, name, dry_run, reporter)
 
 
-def _resume(name: str | None, runs: Path, data: str | None, reporter: Reporter) -> None:
+def _resume(name: str | None, runs: Path, config: Config, reporter: Reporter) -> None:
     from .model.runs import Run, newest_unfinished
     from .training.train import resume
 
     run = Run.open(name, runs) if name else newest_unfinished(runs)
+    given = {option: getattr(config, option) for option in config.model_fields_set}
     if not run.config.folds:
-        resume(runs, str(run.path), reporter, data)
+        resume(runs, str(run.path), reporter, **given)
         return
     from .evaluation.cross_validation import resume_folds
 
-    _print_results(resume_folds(Run(run.path, data), reporter), reporter)
+    run = Run(run.path, given.get("data") or None)
+    _print_results(resume_folds(run, reporter, **given), reporter)
 
 
 def _print_results(run: "Run", reporter: Reporter) -> None:
@@ -293,7 +304,7 @@ def predict(
         bool, typer.Option("--resume", help="Continue an --out that was interrupted.")
     ] = False,
     tta: Annotated[
-        bool, typer.Option("--tta", help="Average over 8 views of each image: 8 times as long, not calibrated.")
+        bool, typer.Option("--tta", help="Average over 8 views, uncalibrated; 8 times as long.")
     ] = False,
     min_confidence: MinConfidence = 0.0,
     data: MovedData = None,

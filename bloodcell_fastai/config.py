@@ -6,6 +6,7 @@ that declaration.
 
 import os
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -27,6 +28,8 @@ DEFAULT_ARCH = "maxvit_nano_rw_256.sw_in1k"
 MAX_BATCH_PIXELS = 2**32  # 52 GB as float32 numbers of three channels
 LONGEST_TEXT = 4096  # characters; so long may a path be on Linux
 MOST_ENTRIES = 1000
+
+OF_MACHINE = ("data", "workers", "device")  # what may change while a run is trained
 
 Split = Literal["photo", "official", "random"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -109,7 +112,7 @@ class Config(BaseModel):
     )
     zoom: float = _option("Augmentation", 1.25, "Largest zoom factor, in and out.", ge=1, le=10)
     workers: int = _option(
-        "Run", -1, "Threads that decode images; -1: as many as useful.", ge=-1, le=1024
+        "Run", -1, "Threads that decode images; 0: none, -1: as many as useful.", ge=-1, le=1024
     )
     device: Text = _option("Run", "auto", "auto, cpu, cuda, cuda:1 or mps.")
 
@@ -215,6 +218,27 @@ def fit_command(config: Config) -> str:
         if name == "epochs" or (value != field.default and name not in ("workers", "device")):
             words += [flags(name)[0], str(value)]
     return shlex.join(words)
+
+
+def check_resumed(asked: Config, changes: Mapping[str, object], weights: str) -> None:
+    """Refuse to continue a run under other options than it was begun with, those of the machine
+    apart.
+
+    Args:
+        asked: the options of the run.
+        changes: options for the rest of it.
+        weights: its file of weights.
+
+    Raises:
+        UsageError: one cannot change; the message names it.
+    """
+    for name, value in changes.items():
+        if name not in OF_MACHINE and (begun := getattr(asked, name)) != value:
+            raise UsageError(
+                f"{name} is {value}, but the run was begun with {begun}.",
+                f"Leave out `{name}`, or train another run, which can start from the weights of "
+                f"this one: `weights={weights}`.",
+            )
 
 
 def options_table() -> str:

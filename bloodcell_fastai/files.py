@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="BaseModel")
 
+LOCK = ".bloodcell.lock"
 UNFINISHED = ".tmp-"  # how the name of everything begins that is not complete
 
 
@@ -90,7 +91,7 @@ def sole_writer(folder: Path, timeout: float = -1) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     # Who may write to the folder may lock it, whatever the umask of who came first.
     mode = folder.stat().st_mode & 0o666 | 0o600
-    with FileLock(folder / ".lock", timeout=timeout, mode=mode):
+    with FileLock(folder / LOCK, timeout=timeout, mode=mode):
         remove_unfinished(folder)
         yield
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 import bloodcell_fastai
 from bloodcell_fastai import BloodcellError, Config, Run, cli
 from bloodcell_fastai.config import ResolvedConfig, flags
+from bloodcell_fastai.errors import UsageError
 from bloodcell_fastai.evaluation import cross_validation, interpretation
 from bloodcell_fastai.serving import app, export
 from bloodcell_fastai.training import train
@@ -408,14 +410,17 @@ def test_a_bar_for_each_job_in_a_terminal_alone(terminal, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replace functions of the library by ones that only note their arguments."""
+    """Replace functions of the library by ones that only note their arguments, those that are
+    named last and as a dict."""
     noted = []
 
     def replace(module, *names: str, returns=None) -> list:
+        def note(function: str, *args, **named):
+            noted.append((function, *args, *([named] if named else [])))
+            return returns
+
         for name in names:
-            monkeypatch.setattr(
-                module, name, lambda *args, name=name: noted.append((name, *args)) or returns
-            )
+            monkeypatch.setattr(module, name, partial(note, name))
         return noted
 
     return replace
@@ -452,8 +457,24 @@ def test_resume_says_where_the_images_are_now(calls, tmp_path, monkeypatch, name
     noted = calls(train, "resume")
     done = CliRunner().invoke(cli.app, ["fit", "--resume", *name, "--data", "new"])
     assert done.exit_code == 0, done.output
-    ((_, root, path, _, data),) = noted
-    assert (root, Path(path), data) == (Path("runs"), Path("runs/mine"), "new")
+    ((_, root, path, _, given),) = noted
+    assert (root, Path(path), given) == (Path("runs"), Path("runs/mine"), {"data": "new"})
+
+
+def test_resume_gets_the_options_that_were_given_and_no_default(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_of(Path("runs"), tmp_path / "old")
+    noted = calls(train, "resume")
+    words = "fit --resume --epochs 20 --device cpu --workers 0"  # 20 is the default too
+    assert CliRunner().invoke(cli.app, words.split()).exit_code == 0
+    assert noted[0][-1] == {"epochs": 20, "device": "cpu", "workers": 0}
+
+
+def test_a_resumed_run_is_not_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.app, ["fit", "--resume", "--dry-run"])
+    assert isinstance(done.exception, UsageError)
+    assert "`dry_run` plans a new run" in done.exception.message
 
 
 def test_folds_are_resumed_as_folds(calls, tmp_path, monkeypatch):
@@ -462,7 +483,8 @@ def test_folds_are_resumed_as_folds(calls, tmp_path, monkeypatch):
     noted = calls(cross_validation, "resume_folds", returns=Run("runs/mine"))
     monkeypatch.setattr(cli, "_print_results", lambda run, reporter: None)
     assert CliRunner().invoke(cli.app, ["fit", "--resume", "--data", "new"]).exit_code == 0
-    ((_, run, _),) = noted
+    ((_, run, _, given),) = noted
+    assert given == {"data": "new"}
     assert (run.path, run.root) == (Path("runs/mine"), tmp_path / "new")
 
 
@@ -485,7 +507,7 @@ def test_interpret_finds_the_images_of_a_run_that_have_moved(
     noted = calls(interpretation, "interpret_run", returns=None)
     calls(interpretation, "interpret_external", returns=(None, None, Path("there")))
     monkeypatch.setattr(interpretation, "summarise", lambda *_: "Summary")
-    done = CliRunner().invoke(cli.app, ["interpret", "--data", "new", *words])
+    done = CliRunner().invoke(cli.app, ["interpret", "mine", "--data", "new", *words])
     assert done.exit_code == 0, done.output
     ((name, run, *_),) = noted
     assert name == expected
@@ -499,7 +521,7 @@ def test_interpret_finds_the_images_of_a_run_in_a_zip(calls, tmp_path, monkeypat
     run_of(Path("runs"), tmp_path / "old")
     noted = calls(interpretation, "interpret_run")
     monkeypatch.setattr(interpretation, "summarise", lambda *_: "Summary")
-    done = CliRunner().invoke(cli.app, ["interpret", "--data", "packed.zip"])
+    done = CliRunner().invoke(cli.app, ["interpret", "mine", "--data", "packed.zip"])
     assert done.exit_code == 0, done.output
     ((_, run, *_),) = noted
     assert all(Path(path).is_file() for path in run.table.path)

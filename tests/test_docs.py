@@ -12,6 +12,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
+import matplotlib.pyplot as plt
 import pytest
 import typer
 import yaml
@@ -21,7 +22,7 @@ from markdown_it.token import Token
 from typer.exceptions import TyperException
 
 import bloodcell_fastai
-from bloodcell_fastai import cli, config
+from bloodcell_fastai import Run, cli, config, export_run, make_demo
 from bloodcell_fastai.config import options_table
 from bloodcell_fastai.data.archives import MAX_RATIO
 from bloodcell_fastai.data.images import MAX_PIXELS
@@ -34,6 +35,12 @@ PAGES = [
     *(ROOT / name for name in ("data/README.md", "bloodcell_fastai/weights/pbc/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 PUBLIC = bloodcell_fastai.__all__
 API = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst")}
 MARKDOWN = MarkdownIt().enable("table")
@@ -117,12 +124,35 @@ def test_commands_exist(page):
 
 @each_page
 def test_python_compiles_and_imports_what_exists(page):
-    for block in (token for token in tokens(page) if token.info == "python"):
-        for node in ast.walk(ast.parse(block.content)):
+    for code in python_blocks(page):
+        for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("bloodcell_fastai"):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda path: path.stem)
+def test_python_runs_as_it_is_written(page, folder, monkeypatch):
+    """Where a reader has the files that it names. Only the README's network is a smaller one."""
+    monkeypatch.chdir(folder)
+    run = Run.open("mine")
+    images = run.table.path[run.table.part == "valid"]
+    for name, image in zip(("cell.jpg", "a.jpg", "b.jpg"), images, strict=False):
+        shutil.copy(image, name)
+    if not Path("runs/RUN").exists():
+        shutil.copytree("runs/mine", "runs/RUN")
+        shutil.make_archive("pbc", "zip", make_demo("other", photos_per_class=2, copies=2, seed=1))
+        for format in ("timm", "onnx", "fastai"):
+            export_run(Run.open("RUN"), format)
+        Path("old").mkdir()
+        shutil.copy("runs/RUN/export/fastai/export.pkl", "old/model.pkl")
+    for code in python_blocks(page):
+        code = code.replace('"/old/', '"old/')
+        code = code.replace("size=128, bs=32", 'arch="test_resnet", size=64, bs=16')
+        exec(compile(code, page.name, "exec"), {})
+    plt.close("all")
 
 
 def test_the_readme_and_the_api_show_commands():

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import bloodcell_fastai
 from bloodcell_fastai import BloodcellError
 from bloodcell_fastai.files import (
+    LOCK,
     atomic_folder,
     atomic_path,
     decode_text,
@@ -85,7 +86,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     (maker.__enter__() / "file").write_text("half")
     assert len(list(tmp_path.iterdir())) == 3
     with sole_writer(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {".lock", "mine.txt"}
+        assert {path.name for path in tmp_path.iterdir()} == {LOCK, "mine.txt"}
 
 
 def test_one_writer_at_a_time(tmp_path):

@@ -319,7 +319,7 @@ def files(home: Path) -> dict[str, bytes]:
     found = {
         str(path.relative_to(run)): path.read_bytes()
         for path in run.rglob("*")
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name != ".bloodcell.lock"
     }
     history = pd.read_csv(run / "history.csv", dtype=str).drop(columns="seconds")
     return found | {"history.csv": history.to_csv().encode()}

@@ -95,7 +95,8 @@ class ImageReader:
     Args:
         size: of the square, in pixels.
         crop: ``cell`` or ``frame``, see :func:`~bloodcell_fastai.data.crop.crop_image`.
-        threads: how many decode; None: as many as there are processors, at most 8.
+        threads: how many decode; 0: only the caller; None: as many as there are processors,
+            at most 8.
         change: see :func:`decode`; a reader with one uses no cache.
     """
 
@@ -181,6 +182,10 @@ class ImageReader:
 
     def _decode_ahead(self, chunks: Iterable[Sequence[str]]) -> Iterator[PictureBatch]:
         """Decode in threads, a few chunks ahead of the consumer."""
+        if self.threads == 0:
+            for chunk in chunks:
+                yield self._collect(chunk, [self._try_decode(path) for path in chunk])
+            return
         threads = self.threads or min(8, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         waiting: deque[tuple[Sequence[str], list[Future]]] = deque()
@@ -188,9 +193,9 @@ class ImageReader:
             for chunk in chunks:
                 waiting.append((chunk, [pool.submit(self._try_decode, path) for path in chunk]))
                 if len(waiting) > BATCHES_AHEAD:
-                    yield self._collect(*waiting.popleft())
+                    yield self._collect_futures(*waiting.popleft())
             while waiting:
-                yield self._collect(*waiting.popleft())
+                yield self._collect_futures(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -201,15 +206,18 @@ class ImageReader:
         except Exception as error:  # a decoder may fail in its own way, or have no memory left
             return why_unreadable(path, error)
 
-    def _collect(self, paths: Sequence[str], futures: Sequence[Future]) -> PictureBatch:
-        results = [(path, future.result()) for path, future in zip(paths, futures, strict=True)]
-        readable = [(path, found) for path, found in results if isinstance(found, Picture)]
-        found = np.array([picture for _, picture in readable], dtype=_row_type(self.size))
+    def _collect_futures(self, paths: Sequence[str], futures: Sequence[Future]) -> PictureBatch:
+        return self._collect(paths, [future.result() for future in futures])
+
+    def _collect(self, paths: Sequence[str], found: Sequence[Picture | str]) -> PictureBatch:
+        results = list(zip(paths, found, strict=True))
+        readable = [(path, picture) for path, picture in results if isinstance(picture, Picture)]
+        rows = np.array([picture for _, picture in readable], dtype=_row_type(self.size))
         return PictureBatch(
             [path for path, _ in readable],
-            torch.from_numpy(found["pixels"]).permute(0, 3, 1, 2),
-            found["box"],
-            found["has_cell"],
+            torch.from_numpy(rows["pixels"]).permute(0, 3, 1, 2),
+            rows["box"],
+            rows["has_cell"],
             {path: reason for path, reason in results if isinstance(reason, str)},
         )
 

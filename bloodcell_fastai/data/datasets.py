@@ -25,6 +25,7 @@ from .images import (
     has_image_name,
     image_size,
     is_hidden,
+    is_written,
     list_images,
     refuse_folder,
     why_unreadable,
@@ -289,6 +290,7 @@ def _list_images(root: Path) -> list[tuple[str, str, str]]:
         (str(path), label.name, folder.name if subsets else "")
         for folder in subsets or [root]
         for label in _folders(folder)
+        if not is_written(label)
         for path in list_images(label)
     ]
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import BloodcellError
+from ..files import LOCK
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 # The formats that Pillow may read, whatever the suffix. Of the others some are rare and some
@@ -17,6 +18,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
 MAX_PIXELS = 89_478_485  # above which Pillow suspects a decompression bomb
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
+# What this package writes.
+RUN, AUDIT, CONTACT_SHEET = ("config.json", "split.csv"), "audit.json", "contact-sheet.png"
 SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir"}
 
 
@@ -68,15 +71,19 @@ def list_images(folder: Path) -> list[Path]:
     """Image files below ``folder``, sorted; hidden ones and those of the system passed over.
 
     Links to files count as files; links to folders are not followed, so that none can lead in a
-    circle or into the folder of another class.
+    circle or into the folder of another class. What this package has written is passed over; see
+    :func:`is_written`.
 
     Raises:
         BloodcellError: a folder cannot be listed.
     """
     found = []
     for parent, folders, names in os.walk(folder, onerror=refuse_folder):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [path for name in names if has_image_name(path := Path(parent, name))]
+        folders[:] = [
+            name for name in folders if not is_hidden(name) and not is_written(Path(parent, name))
+        ]
+        if AUDIT not in names:  # whose figures are beside it
+            found += [path for name in names if has_image_name(path := Path(parent, name))]
     return sorted(found)
 
 
@@ -120,12 +127,19 @@ def _as_shown(image: Image.Image) -> Image.Image:
 
 def has_image_name(path: Path) -> bool:
     """Whether a file's name is that of an image that can be read."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    suffix, name = path.suffix.lower(), path.name
+    return suffix in IMAGE_SUFFIXES and not name.startswith(".") and name != CONTACT_SHEET
 
 
 def is_hidden(folder: str) -> bool:
     """Whether a folder of that name is hidden or the operating system's."""
     return folder.startswith(".") or folder.lower() in SYSTEM_FOLDERS
+
+
+def is_written(folder: Path) -> bool:
+    """Whether a folder is a run, or one where this package unpacks and draws images: its figures
+    are no photographs, and its images are of another data set."""
+    return (folder / LOCK).is_file() or all((folder / name).is_file() for name in RUN)
 
 
 def refuse_folder(error: OSError) -> NoReturn:

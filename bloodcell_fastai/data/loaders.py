@@ -110,7 +110,8 @@ def blood_dls(
             by default.
         batch_tfms: augmentation on the device, :func:`augmentation` by default.
         crop: ``cell`` for a square around the white cell, ``frame`` for the whole image.
-        threads: decoding threads; as many as there are processors, at most 8, by default.
+        threads: decoding threads, 0 for none; as many as there are processors, at most 8, by
+            default.
         device: torch device; the best one here by default.
         cache: decode all images of the table once and keep them for the next time, if the disk
             has room. Without, a cache that is there is still used.
@@ -185,7 +186,7 @@ def config_dls(
         classes=config.classes or None,
         batch_tfms=augmentation(zoom=config.zoom, stain=config.stain, sharpness=config.sharpness),
         crop=config.crop,
-        threads=config.workers if config.workers > 0 else None,
+        threads=None if config.workers < 0 else config.workers,
         device=pick_device(config.device),
         cache=cache,
         progress=progress,

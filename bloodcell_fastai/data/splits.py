@@ -8,10 +8,12 @@ from ..errors import DataError, UsageError
 VALID_FRACTION = 0.2
 _TRIES = 8  # shuffles of which the best balanced fold is taken
 _TRAIN_NAMES = ("train", "training")
-_VALID_NAMES = (("valid", "val", "validation"), ("test", "testing"))
+_VALID_NAMES = ("valid", "val", "validation")
+_TEST_NAMES = ("test", "testing")
+_MORE_TEST_NAMES = ("test_simple",)  # Kaggle's repeats photographs of TEST
 SPLIT_DESCRIPTIONS = {
     "photo": "by photograph: about a fifth of every class for validation, no photograph in both "
-    "parts",
+    "parts; the data set's own test folder, if it has one, is left for the end",
     "official": "the data set's own training and validation folders",
     "random": "a stratified random fifth of the images for validation, whatever their photograph "
     "(the published protocol)",
@@ -19,18 +21,22 @@ SPLIT_DESCRIPTIONS = {
 
 
 def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.DataFrame:
-    """Assign every image to training or validation.
+    """Assign every image to training, validation or test.
+
+    The test folder of data with a training folder is for the end: with ``photo`` and, where there
+    is a validation folder too, with ``official`` it neither trains nor chooses the best epoch.
 
     Args:
         table: image table with ``label``, ``subset`` and ``photo``.
-        how: ``random``, a stratified fifth of all images (the published protocol);
-            ``official``, the data set's own folders, TRAIN against TEST;
-            ``photo``, about a fifth of every class, in images and in photographs, with no
-            photograph in both.
+        how: ``random``, a stratified fifth of all images, those of a test folder too (the
+            published protocol); ``official``, the data set's own folders, training against
+            validation, or against test where there is no other; ``photo``, about a fifth of every
+            class, in images and in photographs, with no photograph in both.
         seed: of the random choice; ``official`` has none.
 
     Returns:
-        The table with the column ``part``, which is ``train``, ``valid`` or empty (unused).
+        The table with the column ``part``, which is ``train``, ``valid``, ``test`` or empty
+        (unused).
 
     Raises:
         BloodcellError: ``how`` is none of the three, the table cannot be split that way, or a
@@ -40,8 +46,8 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
         >>> from bloodcell_fastai import leakage, open_dataset, split_table
         >>> table = open_dataset("demo").table
         >>> split = split_table(table, "photo")
-        >>> sorted(split.part.unique())
-        ['train', 'valid']
+        >>> sorted(split.part[split.part != ""].unique())
+        ['test', 'train', 'valid']
         >>> leakage(split)
         0.0
     """
@@ -56,6 +62,8 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
 def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.DataFrame]:
     """The image table split ``folds`` times, each photograph validating exactly once.
 
+    All images take part; see :func:`held_out` for those that should not.
+
     Raises:
         BloodcellError: a class has fewer photographs than there are folds.
     """
@@ -69,14 +77,16 @@ def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.Data
 
 
 def kept_split(table: pd.DataFrame, how: str) -> str:
-    """``how``, or ``official`` for a ``photo`` split of data with its own valid folder.
-
-    A folder named test is not taken: it is meant for the final evaluation, and Kaggle's has
-    photographs of TRAIN.
-    """
+    """``how``, or ``official`` for a ``photo`` split of data with its own validation folder."""
     names = set(table.subset.str.lower())
-    has_both = names & set(_TRAIN_NAMES) and names & set(_VALID_NAMES[0])
+    has_both = names & set(_TRAIN_NAMES) and names & set(_VALID_NAMES)
     return "official" if how == "photo" and has_both else how
+
+
+def held_out(table: pd.DataFrame) -> pd.Series:
+    """Which images are in a test folder beside a training folder, bool (images,)."""
+    subset = table.subset.str.lower()
+    return subset.isin([*_TEST_NAMES, *_MORE_TEST_NAMES]) & subset.isin(_TRAIN_NAMES).any()
 
 
 def leakage(table: pd.DataFrame) -> float | None:
@@ -148,6 +158,20 @@ def _random(table: pd.DataFrame, seed: int) -> pd.Series:
 
 
 def _by_photo(table: pd.DataFrame, seed: int) -> pd.Series:
+    """``part``: the photographs outside of the test set are split, and that is marked as such."""
+    outside = table[~held_out(table)]
+    part = _split_photos(outside, seed)
+    return part.reindex(table.index, fill_value="").mask(_test_set(table), "test")
+
+
+def _test_set(table: pd.DataFrame) -> pd.Series:
+    """Which images of :func:`held_out` to score at the end: no photograph twice."""
+    subset, outside = table.subset.str.lower(), held_out(table)
+    named = outside & subset.isin(_TEST_NAMES)
+    return named if named.any() else outside
+
+
+def _split_photos(table: pd.DataFrame, seed: int) -> pd.Series:
     photos_per_class = _photos_per_class(table)
     if photos_per_class.min() < 2:
         raise DataError(
@@ -189,12 +213,14 @@ def _imbalance(table: pd.DataFrame, valid: pd.Index) -> float:
 
 
 def _official(table: pd.DataFrame, seed: int) -> pd.Series:
-    """``part`` by the names of the folders; TEST_SIMPLE repeats photographs of TEST: unused."""
+    """``part`` by the names of the folders."""
     subset = table.subset.str.lower()
-    train = subset.isin(_TRAIN_NAMES)
-    for valid in map(subset.isin, _VALID_NAMES):
-        if train.any() and valid.any():
-            return train.map({True: "train", False: ""}).mask(valid, "valid")
+    train, valid, test = subset.isin(_TRAIN_NAMES), subset.isin(_VALID_NAMES), _test_set(table)
+    part = train.map({True: "train", False: ""})
+    if train.any() and valid.any():
+        return part.mask(valid, "valid").mask(test, "test")
+    if train.any() and test.any():
+        return part.mask(test, "valid")
     raise DataError(
         "The data set has no folders of its own for training and validation.",
         "Use `split=photo` or `split=random`.",

@@ -1,12 +1,13 @@
 """``bloodcell fit --folds K``: train K times, so that every photograph validates once."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..config import Config
-from ..data.splits import split_folds
+from ..config import Config, check_resumed
+from ..data.splits import held_out, split_folds
 from ..distributed import by_first, wait_for_all
 from ..errors import BloodcellError
 from ..model.runs import Run
@@ -56,6 +57,12 @@ def cross_validate(
     """
     reporter = reporter or Reporter()
     resolved, table = prepare(config, reporter)
+    if (test := held_out(table)).any():
+        reporter.say(
+            f"{test.sum():,} images of the data's own test folder take part in no fold. Score "
+            "them at the end with: bloodcell interpret RUN/fold-1 --data DATA --subset TEST"
+        )
+        table = table[~test].reset_index(drop=True)
     tables = split_folds(table, config.folds, config.seed)
     fold_of = sum((split.part == "valid") * k for k, split in enumerate(tables, start=1))
     parent = Run.create(root, name)
@@ -70,13 +77,20 @@ def cross_validate(
     return parent
 
 
-def resume_folds(parent: Run, reporter: Reporter | None = None) -> Run:
+def resume_folds(parent: Run, reporter: Reporter | None = None, **changes: Any) -> Run:
     """Continue a run of :func:`cross_validate`: the folds that are not finished, the results.
 
+    Args:
+        parent: the run of the folds.
+        reporter: told what happens.
+        **changes: options that are of the machine; see ``bloodcell_fastai.training.train.resume``.
+
     Raises:
+        UsageError: another option has another value than the run was begun with.
         BloodcellError: it came to its end, or another process trains it.
     """
     reporter = reporter or Reporter()
+    check_resumed(parent.asked, changes, str(parent.fold(1).path / "model.safetensors"))
     with parent.lock():
         if parent.finished:
             raise BloodcellError(
@@ -89,20 +103,22 @@ def resume_folds(parent: Run, reporter: Reporter | None = None) -> Run:
             for number in range(1, parent.config.folds + 1)
         ]
         tables = [table.drop(columns="fold").assign(part=part) for part in parts]
-        _train_folds(parent, tables, False, reporter)
+        here = {name: changes[name] for name in ("device", "workers") if name in changes}
+        _train_folds(parent, tables, False, reporter, **here)
     return parent
 
 
 def _train_folds(
-    parent: Run, tables: list[pd.DataFrame], dry_run: bool, reporter: Reporter
+    parent: Run, tables: list[pd.DataFrame], dry_run: bool, reporter: Reporter, **here: Any
 ) -> None:
-    """Train the folds that are not trained yet, then pool their predictions."""
+    """Train the folds that are not trained yet, ``here`` with other options of the machine, then
+    pool their predictions."""
     for number, split in enumerate(tables, start=1):
         wait_for_all()  # until the first process has written what the fold before is
         reporter.say(f"Fold {number} of {len(tables)}")
         fold = parent.fold(number)
         if not fold.started:
-            asked = parent.asked.changed(folds=0)
+            asked = parent.asked.changed(folds=0, **here)
             # Not what the first fold was resolved to: its learning rate was found on images that
             # validate here.
             again = asked.model_dump() | {"data": str(parent.root), "split": parent.config.split}
@@ -110,7 +126,7 @@ def _train_folds(
             folder = Run.create(parent.path, fold.name)
             train_table(asked, resolved, split, folder, dry_run, reporter)
         elif not fold.finished:
-            resume_run(fold, reporter)
+            resume_run(fold, reporter, **here)
         if number == 1:  # what it was resolved to holds for all
             found = fold.config.changed(folds=len(tables), data=str(parent.root))
             parent.start(parent.asked, found, parent.table)

@@ -19,6 +19,10 @@ from ..model.runs import Run
 from .metrics import auroc_ci, proportion_ci
 
 
+class NothingToScore(BloodcellError):
+    """The model was trained on every image, or on copies of it."""
+
+
 @dataclass(frozen=True)
 class External:
     """A data set a model was not trained on, as far as the model can be tried on it.
@@ -72,16 +76,9 @@ def open_external(run: Run, dataset: Dataset, subset: str | None = None) -> Exte
         subset: one of its folders of classes, such as ``TEST``, in any case; all by default.
 
     Raises:
-        BloodcellError: there is no such subset; no class of the data is one of the model's; the
-            model was trained on every image that could be scored.
+        NothingToScore: the model was trained on every image that could be scored.
+        BloodcellError: there is no such subset; no class of the data is one of the model's.
     """
-    parts = run.table
-    training, validation = (parts.path[parts.part == part] for part in ("train", "valid"))
-    digests = dataset.table.path.map(digest)
-    # Of the whole data set, before the subset is taken: a copy in another subset tells that the
-    # photograph was trained on.
-    seen = seen_in_training(dataset.table, digests, training)
-    validated = _same_files(digests, validation)
     folders = dataset.table.subset.str.lower()
     chosen = folders.isin(folders if subset is None else [subset.lower()])
     if not chosen.any():
@@ -89,12 +86,49 @@ def open_external(run: Run, dataset: Dataset, subset: str | None = None) -> Exte
         raise DataError(
             f"The data set has no subset {subset}.", f"Its folders of classes are: {there}."
         )
-    table, seen, validated = dataset.table[chosen], seen[chosen], validated[chosen]
+    warnings = dataset.warnings
+    if unreadable := dataset.unreadable:
+        some = describe_unreadable(unreadable)
+        warnings += (f"{len(unreadable):,} unreadable images are left out, such as {some}.",)
+    return _choose(run, dataset.root, dataset.table, chosen, subset or "", warnings)
+
+
+def open_test(run: Run) -> External:
+    """The images of the run's own test folder, which neither trained nor chose the epoch.
+
+    Args:
+        run: a trained run whose table has the part ``test``.
+
+    Raises:
+        NothingToScore: the model was trained on every one of them, or on copies.
+    """
+    table = run.table
+    chosen = table.part == "test"
+    return _choose(run, run.root, table, chosen, table.subset[chosen].iloc[0], ())
+
+
+def _choose(
+    run: Run,
+    root: Path,
+    table: pd.DataFrame,
+    chosen: pd.Series,
+    subset: str,
+    warnings: tuple[str, ...],
+) -> External:
+    """The ``chosen`` images of a table that the model can be tried on."""
+    parts = run.table
+    training, validation = (parts.path[parts.part == part] for part in ("train", "valid"))
+    digests = table.path.map(digest)
+    # Of the whole data set, before the subset is taken: a copy in another subset tells that the
+    # photograph was trained on.
+    seen = seen_in_training(table, digests, training)[chosen]
+    validated = _same_files(digests, validation)[chosen]
+    table = table[chosen]
     classes, labels = run.config.classes, sorted(set(table.label))
     match = match_classes(classes, labels)
     if not match.mapped:
         raise DataError(
-            f"{dataset.root} has no class of the model.",
+            f"{root} has no class of the model.",
             f"The model knows {', '.join(classes)}; the data set has {', '.join(labels)}. "
             "Rename its folders to the model's classes where they mean the same.",
         )
@@ -103,17 +137,14 @@ def open_external(run: Run, dataset: Dataset, subset: str | None = None) -> Exte
     left = table[kept].reset_index(drop=True)
     left = left.assign(theirs=left.label, label=left.label.replace(match.mapped))
     if not left.theirs.isin(match.mapped).any():
-        raise BloodcellError(
-            f"Run {run.name} was trained on every image of {dataset.root} that could be scored.",
+        raise NothingToScore(
+            f"Run {run.name} was trained on every image of {root} {subset}".rstrip()
+            + " that could be scored.",
             "Give images it has not seen, such as those of another laboratory.",
         )
-    warnings = dataset.warnings
-    if unreadable := dataset.unreadable:
-        some = describe_unreadable(unreadable)
-        warnings += (f"{len(unreadable):,} unreadable images are left out, such as {some}.",)
     return External(
-        root=dataset.root,
-        subset=subset or "",
+        root=root,
+        subset=subset,
         table=left,
         match=match,
         excluded=int(seen.sum()),

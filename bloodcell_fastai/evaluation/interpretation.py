@@ -23,7 +23,14 @@ from ..reporter import Progress, no_progress
 from ..training.calibrate import calibrate
 from ..training.learner import blood_learner
 from . import figures
-from .external import External, describe_external, external_metrics, open_external
+from .external import (
+    External,
+    NothingToScore,
+    describe_external,
+    external_metrics,
+    open_external,
+    open_test,
+)
 from .metrics import Evaluation, by_photo, labelled_predictions
 from .report import write_report
 from .robustness import (
@@ -32,6 +39,11 @@ from .robustness import (
     robustness_images,
     robustness_metrics,
     write_robustness,
+)
+
+TEST_METRICS = (
+    *("n_images", "n_photos", "n_known", "accuracy", "accuracy_ci95"),
+    *("photo_accuracy", "photo_accuracy_ci95", "macro_f1", "balanced_accuracy", "ece"),
 )
 
 
@@ -172,7 +184,7 @@ def _require_images(run: Run, paths: pd.Series) -> None:
     """Refuse to go on where images of a run are gone."""
     if missing := [path for path in paths if not Path(path).is_file()]:
         raise MissingFileError(
-            f"{len(missing):,} validation images are gone, such as {missing[0]}.",
+            f"{len(missing):,} images to evaluate on are gone, such as {missing[0]}.",
             f"Put the data back to {run.config.data or 'where it was'}, or say where it is now: "
             "`data`.",
         )
@@ -182,7 +194,9 @@ def interpret_run(run: Run, stress: bool = False, progress: Progress = no_progre
     """Score a run's model on its validation images and write the results into its folder.
 
     Its probabilities are calibrated. Writes ``predictions.csv``, ``metrics.json`` and, in
-    ``report/``, the page ``index.html``, the classification report and the figures.
+    ``report/``, the page ``index.html``, the classification report and the figures. A test set
+    that the split left for the end is scored too, into ``on/``, as :func:`interpret_external`
+    does, with its headline under ``test`` in ``metrics.json``.
 
     Args:
         run: with a model and its images.
@@ -217,8 +231,8 @@ def interpret_run(run: Run, stress: bool = False, progress: Progress = no_progre
     if valid.empty:
         raise DataError(f"Run {run.name} has no validation images.", "Train again: bloodcell fit")
     check_labels(valid.label, config.classes)
-    _require_images(run, valid.path)
-    threads = config.workers if config.workers > 0 else None
+    _require_images(run, table.path[table.part.isin(["valid", "test"])])
+    threads = None if config.workers < 0 else config.workers
     reader = ImageReader.open(table.path, config.size, config.crop, threads=threads)
     predictor = Predictor.load(run)
     if predictor.calibration is None:
@@ -231,11 +245,25 @@ def interpret_run(run: Run, stress: bool = False, progress: Progress = no_progre
         leakage(table),
         predictor.calibration.temperature if predictor.calibration else None,
     )
+    if (table.part == "test").any():
+        result.metrics["test"] = _score_test(run, predictor, reader)
     if stress:
         images = robustness_images(table, seed=config.seed)
         write_robustness(run, measure_robustness(predictor, images, progress))
     write_results(run, result, predictor)
     return result
+
+
+def _score_test(run: Run, predictor: Predictor, reader: ImageReader) -> dict:
+    """The headline of the run's own test set, or under ``problem`` why there is none."""
+    try:
+        external = open_test(run)
+    except NothingToScore as error:
+        return {"problem": error.message}
+    metrics = _score(run, external, predictor, reader)[0].metrics
+    return {"subset": external.subset, "excluded": external.excluded} | {
+        name: metrics[name] for name in TEST_METRICS
+    }
 
 
 def interpret_external(
@@ -270,11 +298,19 @@ def interpret_external(
     """
     run.require_model()
     external, predictor = open_external(run, dataset, subset), Predictor.load(run)
+    result, folder = _score(run, external, predictor)
+    return result, external, folder
+
+
+def _score(
+    run: Run, external: External, predictor: Predictor, reader: ImageReader | None = None
+) -> tuple[Evaluation, Path]:
+    """Predict and write the results; the evaluation and the folder."""
     if predictor.calibration is None:
         raise DataError(
             f"Run {run.name} is not calibrated.", f"Calibrate it: bloodcell interpret {run.name}"
         )
-    found = predictor.predict_all(external.table.path)
+    found = predictor.predict_all(external.table.path, reader)
     everything = labelled_predictions(external.table, found.table)
     known, distance = external.known, everything.distance.to_numpy()
     unlike = distance > predictor.calibration.distance_threshold
@@ -294,7 +330,7 @@ def interpret_external(
     unknown = everything[~known].drop(columns="loss")
     write_table(folder / "unknown.csv", _portable(unknown, run, external))
     write_results(run, result, predictor, folder, external)
-    return result, external, folder
+    return result, folder
 
 
 def write_results(
@@ -414,6 +450,7 @@ def summarise(result: Evaluation, config: ResolvedConfig, external: External | N
             f"   of {n_images:,} images",
             f"Accuracy per photograph  {_with_interval(metrics, 'photo_accuracy')}"
             f"   of {metrics['n_photos']:,} {unit}",
+            *(_summarise_test(metrics["test"]) if "test" in metrics else []),
             "",
             result.classification_report(),
             "Confusion matrix (rows: true class, columns: predicted class; "
@@ -422,6 +459,17 @@ def summarise(result: Evaluation, config: ResolvedConfig, external: External | N
             *("  " + " ".join(f"{n:>6,}" for n in row) for row in result.confusion_matrix),
         ]
     )
+
+
+def _summarise_test(test: dict) -> list[str]:
+    if problem := test.get("problem"):
+        return [f"Test set: not scored. {problem}"]
+    return [
+        f"Test set {test['subset']}, {test['n_images']:,} images of {test['n_photos']:,} "
+        f"photographs ({test['excluded']:,} images left out as trained on):",
+        f"  Accuracy per image       {_with_interval(test, 'accuracy')}",
+        f"  Accuracy per photograph  {_with_interval(test, 'photo_accuracy')}",
+    ]
 
 
 def _summarise_external(external: External, metrics: dict) -> list[str]:

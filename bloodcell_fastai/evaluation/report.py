@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import date
 from io import BytesIO
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -177,10 +178,11 @@ def count_images(table: pd.DataFrame) -> list[dict]:
     """Images and photographs per class and part, with a last row of totals.
 
     Returns:
-        For each class ``label`` and ``counts``: for training and validation, or once for a table
-        without parts, the images and the photographs (None if no photograph is known).
+        For each class ``label`` and ``counts``: for training, validation and, if there is one, the
+        test set, or once for a table without parts, the images and the photographs (None if no
+        photograph is known).
     """
-    parts = ("train", "valid") if table.part.any() else ("",)
+    parts = [part for part in ("train", "valid", "test") if (table.part == part).any()] or [""]
     groups = photo_groups(table) if count_known(table) else None
 
     def count(chosen: pd.Series) -> list[tuple[int, int | None]]:
@@ -311,10 +313,15 @@ def picture(
         image = open_image(path)
     except OSError:
         return None
-    shown = image if heat is None or box is None else overlay(image, heat, box)
-    shown.thumbnail((PICTURE, PICTURE))
+    width, height = image.size
+    image.thumbnail((PICTURE, PICTURE))  # before the heat map, whose colours take 12 bytes a pixel
+    if heat is not None and box is not None:
+        across, down = image.width / width, image.height / height
+        left, top = int(box[0] * across), int(box[1] * down)
+        right, bottom = ceil(box[2] * across), ceil(box[3] * down)
+        image = overlay(image, heat, (left, top, right, bottom))
     data = BytesIO()
-    shown.save(data, "JPEG", quality=85)
+    image.save(data, "JPEG", quality=85)
     return _data_uri("jpeg", data.getvalue())
 
 

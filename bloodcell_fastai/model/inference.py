@@ -392,7 +392,8 @@ class Ensemble(Predictor):
         found = [member.distances(part) for member, part in zip(self.members, parts, strict=True)]
         if any(each is None for each in found):
             return None
-        distances, unlike, paths = (np.stack(each) for each in zip(*filter(None, found), strict=True))
+        each = zip(*filter(None, found), strict=True)
+        distances, unlike, paths = map(np.stack, each)
         nearest = paths[distances.argmin(axis=0), np.arange(len(features))]
         return distances.mean(axis=0), unlike.mean(axis=0) > 0.5, nearest
 

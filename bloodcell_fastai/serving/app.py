@@ -306,7 +306,7 @@ def describe_model(run: Run, predictor: Predictor) -> ModelCard:
     Raises:
         BloodcellError: a file of the run is damaged.
     """
-    config, table = run.config, run.table[run.table.part != ""]
+    config, table = run.config, run.table[run.table.part.isin(["train", "valid"])]
     train, n_known = table[table.part == "train"], count_known(table)
     scores = None
     with suppress(MissingFileError):  # not interpreted yet

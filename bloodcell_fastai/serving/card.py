@@ -39,7 +39,7 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
     Raises:
         BloodcellError: a file of the run is missing or damaged.
     """
-    config, table = run.config, run.table[run.table.part != ""]
+    config, table = run.config, run.table[run.table.part.isin(["train", "valid"])]
     metrics = read_metrics(run) if (run.path / "metrics.json").is_file() else {}
     # Of unknown photographs both rows would be the same.
     headlines = HEADLINES if metrics.get("n_known") else {"accuracy": HEADLINES["accuracy"]}

@@ -210,10 +210,12 @@ def max_lr(config: ResolvedConfig, phase: Phase) -> float | slice:
 
 
 def find_lr(learn: Learner, run: Run, say: Callable[[str], None] = print) -> float:
-    """fastai's ``lr_find``; its plot is kept as ``lr_find.png`` in the run."""
+    """fastai's ``lr_find`` on all layers, as most epochs train them; its plot is kept as
+    ``lr_find.png`` in the run."""
     import matplotlib.pyplot as plt
 
     say("Finding a learning rate ...")
+    learn.unfreeze()
     with shown_progress(learn, 0, run.config.epochs):
         suggestion = learn.lr_find().valley
     with atomic_path(run.path / "lr_find.png") as temporary:

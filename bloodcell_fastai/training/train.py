@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from fastai.vision.all import Learner
 
-from ..config import Config, ResolvedConfig
+from ..config import Config, ResolvedConfig, check_resumed, fit_command
 from ..data.datasets import describe_unreadable, open_dataset
 from ..data.splits import (
     count_known,
@@ -33,10 +34,11 @@ class Plan:
     """What a run is about to do.
 
     Attributes:
-        images: images per class (rows) in ``train`` and ``valid`` (columns).
-        photos: photographs in ``train`` and ``valid``, an image of unknown photograph counted as
-            one; None where no photograph is known.
-        n_known: images whose photograph is known.
+        images: images per class (rows) in ``train``, ``valid`` and, if the data has a test set,
+            ``test`` (columns).
+        photos: photographs in each of these, an image of unknown photograph counted as one; None
+            where no photograph is known.
+        n_known: images in ``train`` and ``valid`` whose photograph is known.
         leakage: fraction of the validation images with a copy of their photograph in training, 0
             to 1; None where no photograph is known.
         steps: optimizer steps per epoch.
@@ -166,7 +168,7 @@ def resume(
     root: str | Path = "runs",
     name: str | None = None,
     reporter: Reporter | None = None,
-    data: str | Path | None = None,
+    **changes: Any,
 ) -> Run:
     """Continue an unfinished run, the newest if no name is given, as if it had not stopped.
 
@@ -174,30 +176,37 @@ def resume(
         root: folder of the runs.
         name: name or folder of the run.
         reporter: told what happens.
-        data: where the images are now; None: where they were.
+        **changes: options of :class:`Config` that are of the machine: ``data``, where the images
+            are now, ``device`` and ``workers``. Others may be given as the run has them.
 
     Raises:
+        UsageError: another option than those has another value than the run was begun with.
         BloodcellError: there is no such run, it came to its end, or another process trains it.
     """
     path = name or newest_unfinished(root).path
-    return resume_run(Run.open(path, root, data), reporter or Reporter())
+    run = Run.open(path, root, changes.get("data") or None)
+    return resume_run(run, reporter or Reporter(), **changes)
 
 
-def resume_run(run: Run, reporter: Reporter) -> Run:
+def resume_run(run: Run, reporter: Reporter, **changes: Any) -> Run:
     """Continue a run; see :func:`resume`. Its device is chosen anew: it may be another machine."""
     run.refuse_folds()
+    weights = str(run.path / "model.safetensors")
+    check_resumed(run.asked, changes, weights)
     with run.lock():
         if run.finished:
+            again = fit_command(run.asked.changed(weights=weights))
             raise BloodcellError(
                 f"Run {run.name} came to its end after {len(run.history)} epochs.",
-                f"See it: bloodcell interpret {run.name}",
+                f"See it: bloodcell interpret {run.name}. Train on from its weights: {again}",
             )
         checkpoint = run.load_last()
-        weights = "none" if checkpoint else None  # the checkpoint brings all weights
-        config = run.config.changed(device=run.asked.device)
+        initial = "none" if checkpoint else None  # the checkpoint brings all weights
+        here = {name: changes.get(name, getattr(run.asked, name)) for name in ("device", "workers")}
+        config = run.config.changed(**here)
         # It was told of its weights when it began.
         with _warnings_told(reporter, but=WeightsWarning):
-            learn = make_learner(config, run.table, weights, progress=reporter.progress)
+            learn = make_learner(config, run.table, initial, progress=reporter.progress)
         done = checkpoint.epochs_done if checkpoint else 0
         reporter.say(f"Resuming {run.name} after epoch {done} of {config.epochs}.")
         complete(learn, run, reporter)
@@ -244,7 +253,7 @@ def make_plan(
 ) -> Plan:
     """What a run with these options on this table will do; ``timed`` runs a few batches."""
     used = table[table.part != ""]
-    n_known = count_known(used)
+    n_known = count_known(used[used.part != "test"])
     return Plan(
         images=pd.crosstab(used.label, used.part),
         photos=photo_groups(used).groupby(used.part).nunique() if n_known else None,
@@ -276,6 +285,12 @@ def describe(plan: Plan, config: ResolvedConfig, run: Run) -> str:
     if plan.photos is not None:
         counts = f"{plan.photos['train']:,} train, {plan.photos['valid']:,} validate"
         lines.insert(3, f"Photos   {counts}")
+    if "test" in plan.images:
+        lines.insert(
+            3,
+            f"Test     {plan.images['test'].sum():,} images of the data's own test folder neither "
+            "train nor choose the best epoch: bloodcell interpret scores them at the end",
+        )
     if plan.seconds is not None:
         lines.append(f"Time     about {duration(plan.seconds)} on this machine")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from bloodcell_fastai.data.cache import (
 )
 from bloodcell_fastai.data.loaders import BloodImage, Crop
 from bloodcell_fastai.errors import CacheWarning
+from bloodcell_fastai.files import LOCK
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def paths(demo_table, tmp_path, monkeypatch):
 
 
 def cached_files():
-    return sorted(path for path in cache_root().glob("*") if path.name != ".lock")
+    return sorted(path for path in cache_root().glob("*") if path.name != LOCK)
 
 
 @pytest.mark.parametrize("crop", ["cell", "frame"])
@@ -55,6 +56,16 @@ def test_the_cache_gives_the_decoded_pixels(paths):
         assert np.array_equal(ours.boxes, expected.boxes)
         assert np.array_equal(ours.has_cell, expected.has_cell)
         assert ours.pixels.dtype == torch.uint8
+
+
+def test_no_thread_decodes_where_none_is_asked_for(paths, monkeypatch):
+    monkeypatch.setattr(cache, "ThreadPoolExecutor", None)
+    expected, chunks = ImageReader(32).read, [paths[:2], paths[2:3]]
+    with pytest.raises(TypeError):
+        expected(paths)
+    found = list(ImageReader(32, threads=0).batches(chunks))
+    assert [batch.paths for batch in found] == chunks
+    assert ImageReader(32, threads=0).read(["gone.png"]).unreadable.keys() == {"gone.png"}
 
 
 def test_a_cached_image_is_not_searched_for_its_nucleus_again(paths, monkeypatch):

@@ -18,8 +18,9 @@ from bloodcell_fastai.data import datasets
 from bloodcell_fastai.data.datasets import open_dataset, read_folder
 from bloodcell_fastai.data.splits import describe_leakage, leakage, split_table
 from bloodcell_fastai.errors import NoNetworkError
-from bloodcell_fastai.files import write_table
+from bloodcell_fastai.files import sole_writer, write_table
 from bloodcell_fastai.model.runs import relative_to
+from bloodcell_fastai.serving.predict import find_images
 
 
 def write_images(folder: Path, *names: str, size=(32, 24)) -> None:
@@ -57,6 +58,22 @@ def test_the_photographs_of_a_data_set_are_filled_in(demo, demo_root):
         truth[Path(path).relative_to(demo_root).as_posix()] for path in found.table.path
     ]
     assert found.n_known == len(found.table) > found.table.photo.nunique()
+
+
+def test_what_the_package_writes_is_not_read_as_images(tmp_path):
+    """Where everything lies side by side: classes, a run with its report, an audit, a contact
+    sheet, and a folder with the demo."""
+    write_images(tmp_path / "A", "1.png", "2.png", "3.png")
+    write_images(tmp_path / "B", "1.png", "2.png", "contact-sheet.png")
+    write_images(tmp_path / "runs" / "mine" / "report", "top_losses.png")
+    for name in ("config.json", "split.csv"):
+        (tmp_path / "runs" / "mine" / name).touch()
+    write_images(tmp_path / "audit", "pairs.png")
+    (tmp_path / "audit" / "audit.json").touch()
+    with sole_writer(tmp_path / "data"):
+        write_images(tmp_path / "data" / "demo" / "A", "drawn.png")
+    assert read_folder(tmp_path).table.label.value_counts().to_dict() == {"A": 3, "B": 2}
+    assert len(list(find_images([str(tmp_path)]))) == 5
 
 
 def test_photographs_that_are_not_known_are_empty(tmp_path):

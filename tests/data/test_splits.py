@@ -5,6 +5,7 @@ from bloodcell_fastai import BloodcellError, leakage, split_table
 from bloodcell_fastai.data.splits import (
     count_known,
     describe_leakage,
+    held_out,
     kept_split,
     photo_groups,
     split_folds,
@@ -65,7 +66,35 @@ def test_official_uses_the_folders_and_leaves_test_simple_out(demo_table):
 def test_official_prefers_valid_to_test():
     rows = [(label, subset, "") for label in "AB" for subset in ("train", "valid", "test")]
     table = split_table(make_table(rows), "official")
-    assert table.part.tolist() == ["train", "valid", ""] * 2
+    assert table.part.tolist() == ["train", "valid", "test"] * 2
+
+
+def with_test(names: tuple[str, ...] = ("test",)) -> pd.DataFrame:
+    """Five photographs of each class in a folder train, and one in each of others."""
+    rows = [(label, "Train", f"{label}{i}") for label in "AB" for i in range(5) for _ in range(2)]
+    rows += [(label, name, f"{label}{name}") for label in "AB" for name in names]
+    return make_table(rows)
+
+
+@pytest.mark.parametrize("names", [("test",), ("TEST", "TEST_SIMPLE"), ("test_simple",)])
+def test_a_test_folder_is_left_for_the_end(names):
+    table = split_table(with_test(names), "photo")
+    assert counts(table, "train") == {"A": 8, "B": 8}
+    assert counts(table, "valid") == {"A": 2, "B": 2}
+    assert counts(table, "test") == {"A": 1, "B": 1}
+    assert set(table.subset[table.part == "test"]) == {names[0]}
+    assert held_out(table).sum() == 2 * len(names)
+
+
+def test_the_published_protocol_pools_the_test_folder():
+    table = split_table(with_test(), "random")
+    assert set(table.part[table.subset == "test"]) <= {"train", "valid"}
+
+
+def test_without_a_training_folder_all_of_it_is_split():
+    table = split_table(two_classes().assign(subset="test"), "photo")
+    assert set(table.part) == {"train", "valid"}
+    assert not held_out(table).any()
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ from bloodcell_fastai import (
     timm_model,
 )
 from bloodcell_fastai.config import ResolvedConfig
+from bloodcell_fastai.evaluation.external import open_test
 from bloodcell_fastai.evaluation.interpretation import read_metrics, read_results, summarise
 from bloodcell_fastai.model.pretrained import pretrained_path
+from bloodcell_fastai.serving.card import model_card
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +314,42 @@ def test_images_without_a_cell_are_flagged_in_the_results_too(trained, tmp_path)
     assert read_results(run).predictions.flag.tolist() == written.flag.tolist()
 
 
+def test_the_test_folder_is_scored_at_the_end(trained):
+    table = trained.table
+    test, metrics = table[table.part == "test"], read_metrics(trained)["test"]
+    assert set(test.subset) == {"TEST"}
+    assert metrics["n_images"] == len(test)
+    assert metrics["excluded"] == 0
+    folder = trained.path / "on" / f"{trained.root.name}-TEST"
+    there = pd.read_csv(folder / "predictions.csv")
+    assert sorted(there.path) == sorted(trained.relative(test).path)
+    assert (there.label == there.predicted).mean() == pytest.approx(metrics["accuracy"])
+    assert "neither trained nor chose the epoch" in (trained.report / "index.html").read_text()
+    assert "On the test set `TEST`" in model_card(trained, "timm")
+
+
+def test_copies_of_training_photographs_are_left_out_of_the_test_folder(trained, tmp_path):
+    run = Run(shutil.copytree(trained.path, tmp_path / "run"))
+    table = run.table
+    one = table.index[table.part == "test"][0]
+    table.loc[one, "photo"] = table.photo[table.part == "train"].iloc[0]
+    run.start(run.asked, run.config, table)
+    external = open_test(run)
+    assert external.excluded == 1
+    assert set(external.table.path) == set(table.path[table.part == "test"].drop(one))
+
+
+def test_a_test_folder_of_training_images_is_not_scored(trained, tmp_path):
+    run = Run(shutil.copytree(trained.path, tmp_path / "run"))
+    table = run.table
+    trained_on = table.path[table.part == "train"].iloc[0]
+    paths = table.path.where(table.part != "test", trained_on)
+    run.start(run.asked, run.config, table.assign(path=paths))
+    result = interpret_run(run)
+    assert "was trained on every image" in result.metrics["test"]["problem"]
+    assert "Test set: not scored" in summarise(result, run.config)
+
+
 def test_a_run_that_was_not_interpreted(trained, tmp_path):
     run = Run(shutil.copytree(trained.path, tmp_path / "run"))
     (run.path / "metrics.json").unlink()
@@ -323,7 +361,9 @@ def test_a_run_that_was_not_interpreted(trained, tmp_path):
 
 def test_lost_images_are_named(learn, table, demo_root, tmp_path):
     run = start(tmp_path, table.assign(path="/gone.jpg"), demo_root, learn)
-    with pytest.raises(FileNotFoundError, match=r"images are gone, such as /gone\.jpg") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"images to evaluate on are gone, such as /gone\.jpg"
+    ) as caught:
         interpret_run(run)
     assert isinstance(caught.value, BloodcellError)
     assert "`data`" in caught.value.hint

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -9,6 +11,7 @@ from bloodcell_fastai.training import fit as fit_module
 from bloodcell_fastai.training.callbacks import TimeBatches
 from bloodcell_fastai.training.fit import (
     estimate_seconds,
+    find_lr,
     fit,
     make_learner,
     max_lr,
@@ -200,6 +203,21 @@ def test_early_stopping(table, tmp_path, monkeypatch):
     learn, run = start(tmp_path, table, epochs=9, patience=1)
     fit(learn, run, lambda line: None)
     assert len(run.history) < 9
+
+
+def test_the_learning_rate_is_found_for_all_layers(table, tmp_path, monkeypatch):
+    """Not for the head of a frozen network, since most epochs train all of it."""
+    learn, run = start(tmp_path, table, lr="auto")
+    learn.freeze()
+    trained = []
+
+    def find():
+        trained.append(all(p.requires_grad for p in learn.model.parameters()))
+        return SimpleNamespace(valley=1e-3)
+
+    monkeypatch.setattr(learn, "lr_find", find)
+    assert find_lr(learn, run, lambda line: None) == 1e-3
+    assert trained == [True]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from bloodcell_fastai import BloodcellError, Config, Run, train
-from bloodcell_fastai.errors import CacheWarning, WeightsWarning
+from bloodcell_fastai.errors import CacheWarning, UsageError, WeightsWarning
 from bloodcell_fastai.reporter import SilentReporter
 from bloodcell_fastai.training import train as train_module
 from bloodcell_fastai.training.train import resume
@@ -37,8 +37,28 @@ def test_a_kill_before_the_calibration_is_made_good(cut, capsys):
     assert cut.finished
     assert len(cut.history) == 1
     assert str(cut.calibration) in capsys.readouterr().out
-    with pytest.raises(BloodcellError, match="came to its end after 1 epochs"):
+    with pytest.raises(BloodcellError, match="came to its end after 1 epochs") as caught:
         resume(cut.path.parent, "cut")
+    assert f"--weights {cut.path}/model.safetensors" in caught.value.hint  # to train on
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", 7), ("bs", 4), ("lr", "auto")])
+def test_what_cannot_change_is_refused_when_a_run_is_resumed(cut, name, value):
+    with pytest.raises(
+        UsageError, match=f"{name} is {value}, but the run was begun with"
+    ) as caught:
+        resume(cut.path.parent, "cut", **{name: value})
+    assert f"Leave out `{name}`" in caught.value.hint
+    assert not cut.finished
+
+
+def test_what_is_of_the_machine_may_change_and_what_is_the_same_may_be_said_again(cut):
+    path = cut.path / "config.json"
+    text = path.read_text()
+    assert '"device": "auto"' in text
+    path.write_text(text.replace('"device": "auto"', '"device": "cuda:7"'))  # asked for there
+    resume(cut.path.parent, "cut", SilentReporter(), epochs=1, bs=32, device="cpu", workers=1)
+    assert cut.finished
 
 
 def test_a_run_is_resumed_where_its_images_are_now_and_on_the_device_that_is_there(cut, tmp_path):
@@ -47,7 +67,7 @@ def test_a_run_is_resumed_where_its_images_are_now_and_on_the_device_that_is_the
     assert '"device": "cpu"' in text  # what auto came to
     path.write_text(text.replace('"device": "cpu"', '"device": "cuda:0"'))
     (tmp_path / "data").rename(tmp_path / "moved")
-    run = resume(cut.path.parent, "cut", SilentReporter(), tmp_path / "moved")
+    run = resume(cut.path.parent, "cut", SilentReporter(), data=tmp_path / "moved")
     assert run.finished
     listed = pd.read_csv(run.path / "reference.csv")
     assert not listed.path.str.startswith("/").any()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from bloodcell_fastai import BloodcellError, Predictor, Run, export_run
 from bloodcell_fastai.evaluation.interpretation import read_metrics
+from bloodcell_fastai.files import LOCK
 from bloodcell_fastai.serving.export import bundle
 from bloodcell_fastai.serving.export.bundle import half_precision
 
@@ -61,7 +62,7 @@ def test_it_names_the_classes_and_no_folder_of_this_machine(trained, bundled):
         assert json.loads(file.metadata()["classes"]) == list(trained.config.classes)
     files = [path for path in (bundled / "pbc").rglob("*") if path.is_file()]
     left_out = {path.name for path in trained.path.glob("*.*")} - {path.name for path in files}
-    assert left_out == {".lock"}
+    assert left_out == {LOCK}
     for path in files:
         assert str(trained.root.parent).encode() not in path.read_bytes(), path.name
     run = Run(bundled / "pbc")
