@@ -310,6 +310,13 @@ OPTION_ERRORS = [
         "Give the --arch that",
         1,
     ),
+    (
+        f"{FIT} --bs 1 --size 32",
+        None,
+        "resnet18 normalises over the images of a batch, and bs is 1",
+        "--batch-size 2 or more, or a larger --size",
+        2,
+    ),
     (f"{FIT} --device tpu", None, "No device 'tpu' here", "--device auto", 1),
     (f"{FIT} --device meta", None, "No device 'meta' here", "--device auto", 1),
     (

@@ -67,7 +67,7 @@ def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.Data
     Raises:
         BloodcellError: a class has fewer photographs than there are folds.
     """
-    fewest = _photos_per_class(table)
+    fewest = _require_two_photos(table)
     if fewest.min() < folds:
         raise DataError(
             f"Class {fewest.idxmin()} has {fewest.min()} photographs, too few for {folds} folds.",
@@ -172,14 +172,7 @@ def _test_set(table: pd.DataFrame) -> pd.Series:
 
 
 def _split_photos(table: pd.DataFrame, seed: int) -> pd.Series:
-    photos_per_class = _photos_per_class(table)
-    if photos_per_class.min() < 2:
-        raise DataError(
-            f"Class {photos_per_class.idxmin()} has a single photograph, which cannot be on "
-            "both sides of a split.",
-            "Add photographs of it, or use `split=random` and read its score with care.",
-        )
-    n_splits = min(round(1 / VALID_FRACTION), photos_per_class.min())
+    n_splits = min(round(1 / VALID_FRACTION), _require_two_photos(table).min())
     # Where each image is its own photograph the first shuffle is as good as any.
     tries = range(seed, seed + (_TRIES if count_known(table) else 1))
     folds = [fold for each in tries for fold in _grouped_folds(table, n_splits, each)]
@@ -199,6 +192,18 @@ def _grouped_folds(table: pd.DataFrame, n_splits: int, seed: int) -> list[pd.Ind
 
 def _photos_per_class(table: pd.DataFrame) -> pd.Series:
     return photo_groups(table).groupby(table.label).nunique()
+
+
+def _require_two_photos(table: pd.DataFrame) -> pd.Series:
+    """The photographs of each class, of which it needs two to be in both parts."""
+    counts = _photos_per_class(table)
+    if counts.min() < 2:
+        raise DataError(
+            f"Class {counts.idxmin()} has a single photograph, which cannot be on both sides of a "
+            "split.",
+            "Add photographs of it, or use `split=random` and read its score with care.",
+        )
+    return counts
 
 
 def _imbalance(table: pd.DataFrame, valid: pd.Index) -> float:

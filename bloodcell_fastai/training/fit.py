@@ -20,7 +20,7 @@ from ..distributed import (
     wait_for_all,
     world_size,
 )
-from ..errors import BloodcellError
+from ..errors import BloodcellError, UsageError
 from ..files import atomic_path
 from ..model.model import check_arch
 from ..model.runs import Run
@@ -155,6 +155,7 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
             learn.no_logging(),
             signals,
             _explained(run, config),
+            _batch_norm_explained(config),
             training_together(learn),
         ):
             learn.fit_one_cycle(
@@ -202,6 +203,20 @@ def _explained(run: Run, config: ResolvedConfig) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _batch_norm_explained(config: ResolvedConfig) -> Iterator[None]:
+    """Turn the refusal of BatchNorm to normalise a single value into an error for users."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            f"{config.arch} normalises over the images of a batch, and bs is {config.bs}.",
+            "Train under another `name` with `bs=2` or more, or a larger `size`.",
+        ) from error
+
+
 def max_lr(config: ResolvedConfig, phase: Phase) -> float | slice:
     """The one-cycle maximum: for fastai, a slice gives the first value to the body and the
     second to the head."""
@@ -232,7 +247,12 @@ def estimate_seconds(learn: Learner, config: ResolvedConfig) -> float:
     """
     timer = TimeBatches()
     learn.unfreeze()
-    with shown_progress(learn, 0, config.epochs), learn.no_logging(), training_together(learn):
+    with (
+        shown_progress(learn, 0, config.epochs),
+        learn.no_logging(),
+        _batch_norm_explained(config),
+        training_together(learn),
+    ):
         learn.fit(1, cbs=timer)
     batches = (len(learn.dls.train) + len(learn.dls.valid) / 3) / world_size()
     return timer.seconds * batches * config.epochs

@@ -187,3 +187,10 @@ def test_the_published_split(real_data):
         "NEUTROPHIL": 634,
     }
     assert (table.part == "valid").sum() == 2503
+
+
+def test_a_class_of_one_photograph_has_no_folds():
+    """The hint names no number of folds that is refused too."""
+    table = make_table([("A", "", "1"), ("A", "", "1"), ("B", "", "2"), ("B", "", "3")])
+    with pytest.raises(BloodcellError, match="A has a single photograph"):
+        split_folds(table, 2)
