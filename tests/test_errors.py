@@ -505,7 +505,7 @@ RUN_ERRORS = [
     (
         "interpret",
         gone_images,
-        "validation images are gone, such as",
+        "images are gone, such as",
         "Put the data back to .*, or say where it is now: --data",
         1,
     ),

@@ -184,7 +184,7 @@ def _require_images(run: Run, paths: pd.Series) -> None:
     """Refuse to go on where images of a run are gone."""
     if missing := [path for path in paths if not Path(path).is_file()]:
         raise MissingFileError(
-            f"{len(missing):,} images to evaluate on are gone, such as {missing[0]}.",
+            f"{len(missing):,} images are gone, such as {missing[0]}.",
             f"Put the data back to {run.config.data or 'where it was'}, or say where it is now: "
             "`data`.",
         )

@@ -481,8 +481,8 @@ class Run:
 
 
 def all_runs(root: str | Path = "runs") -> list[Run]:
-    """The runs under ``root``, oldest first."""
-    configs = Path(root).glob("*/config.json")
+    """The runs under ``root``, oldest first; an export for timm has a ``config.json`` too."""
+    configs = [p for p in Path(root).glob("*/config.json") if p.with_name("split.csv").is_file()]
     return [Run(path.parent) for path in sorted(configs, key=lambda p: p.stat().st_mtime_ns)]
 
 

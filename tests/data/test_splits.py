@@ -178,6 +178,15 @@ def test_impossible_splits(rows, how, message):
         split_table(make_table(rows), how)
 
 
+def test_kaggles_test_folder_is_left_for_the_end(real_data):
+    table = split_table(real_data.table, "photo")
+    assert table.part[table.subset == "TEST"].unique().tolist() == ["test"]
+    assert table.part[table.subset == "TEST_SIMPLE"].unique().tolist() == [""]
+    assert leakage(table) == 0
+    validated = (table.part == "valid").sum() / (table.subset == "TRAIN").sum()
+    assert 0.15 < validated < 0.25
+
+
 def test_the_published_split(real_data):
     table = split_table(real_data.table, "random")
     assert counts(table, "valid") == {

@@ -17,6 +17,7 @@ from bloodcell_fastai import (
     Run,
     blood_dls,
     blood_learner,
+    export_run,
     interpret_external,
     interpret_run,
     load_learner,
@@ -68,6 +69,14 @@ def test_the_newest_trained_run_is_opened(tmp_path, demo_table, resolved):
     assert Run.open(root=tmp_path).name == open_model(root=tmp_path).name == "a"
     assert Run.open("b", tmp_path).name == Run.open(tmp_path / "b").name == "b"
     assert Run.open("b", tmp_path).table.equals(table.astype(str))
+
+
+def test_an_export_is_no_run(trained, tmp_path):
+    run = Run(shutil.copytree(trained.path, tmp_path / "runs" / "mine"))
+    export_run(run, "timm", tmp_path / "runs" / "exported")
+    assert Run.open(root=tmp_path / "runs").name == "mine"
+    with pytest.raises(BloodcellError, match="does not hold the tables asked and resolved"):
+        Predictor.load(Run.open("exported", tmp_path / "runs"))
 
 
 def test_what_was_asked_and_what_it_came_to_are_kept_apart(tmp_path, demo_table, resolved):
@@ -208,7 +217,7 @@ def test_a_calibration_comes_back(calibrated, tmp_path):
 def test_new_weights_remove_the_results_of_the_old(trained, tmp_path):
     run = Run(shutil.copytree(trained.path, tmp_path / "run"))
     results = ["metrics.json", "predictions.csv", "calibration.json", "report", "on"]
-    (run.path / "on").mkdir()
+    (run.path / "on").mkdir(exist_ok=True)
     (run.path / "robustness.csv").touch()
     run.save_weights(read_tensors(run.path / "model.safetensors"), run.config.classes)
     left = {path.name for path in run.path.iterdir()}
