@@ -361,9 +361,7 @@ def test_a_run_that_was_not_interpreted(trained, tmp_path):
 
 def test_lost_images_are_named(learn, table, demo_root, tmp_path):
     run = start(tmp_path, table.assign(path="/gone.jpg"), demo_root, learn)
-    with pytest.raises(
-        FileNotFoundError, match=r"images are gone, such as /gone\.jpg"
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match=r"images are gone, such as /gone\.jpg") as caught:
         interpret_run(run)
     assert isinstance(caught.value, BloodcellError)
     assert "`data`" in caught.value.hint
