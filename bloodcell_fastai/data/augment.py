@@ -1,6 +1,4 @@
-"""Augmentation of whole batches on the device: one resampling, one change of colour."""
-
-from functools import lru_cache
+"""Augmentation of whole batches on the device, which nothing here waits for."""
 
 import torch
 from fastai.vision.all import (
@@ -11,12 +9,12 @@ from fastai.vision.all import (
     aug_transforms,
 )
 from fastai.vision.augment import find_coeffs
+from torch.nn import functional
 from torchvision.transforms.functional import gaussian_blur
 
 # Optical densities in red, green and blue of haematoxylin, eosin and DAB, a row for each, by
 # Ruifrok and Johnston (2001); scikit-image has them as rgb_from_hed.
 DYES = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-EPSILON = 1e-7  # keeps the logit of black and white finite, as in fastai
 
 
 def augmentation(
@@ -31,8 +29,8 @@ def augmentation(
 ) -> list:
     """Transforms of whole batches that make images of cells vary as laboratories do.
 
-    Position, perspective and light are fastai's ``aug_transforms``, in one transform; cells
-    have no preferred orientation. Stain, sharpness and noise are further transforms.
+    Position, perspective and light are fastai's ``aug_transforms``; cells have no preferred
+    orientation. Stain, sharpness and noise are further transforms.
 
     Args:
         flip: flip both ways and turn by right angles, each with half the images.
@@ -51,7 +49,7 @@ def augmentation(
     Examples:
         >>> from bloodcell_fastai import augmentation
         >>> [type(transform).__name__ for transform in augmentation(stain=0)]
-        ['FusedAugmentation', 'Sharpness', 'Noise']
+        ['Projective', 'LightingTfm', 'Sharpness', 'Noise']
 
         It goes into :func:`~bloodcell_fastai.blood_dls` as ``batch_tfms``.
     """
@@ -64,47 +62,35 @@ def augmentation(
         max_warp=warp,
         max_lighting=lighting,
     )
-    fused = [FusedAugmentation(transforms)] if transforms else []
+    fastais = [Projective(t) if isinstance(t, AffineCoordTfm) else t for t in transforms]
     extras = ((Stain, stain), (Sharpness, sharpness), (Noise, noise))
-    return fused + [transform(strength) for transform, strength in extras if strength]
+    return fastais + [transform(strength) for transform, strength in extras if strength]
 
 
-class FusedAugmentation(DisplayedTransform):
-    """fastai's affine, warp and lighting transforms, applied together to a training batch.
+class Projective(DisplayedTransform):
+    """fastai's affine and warp transforms of a training batch, without waiting for the device.
 
     The parameters are drawn by fastai's own functions, on the CPU, and sent to the device in
     one go. An affine map and a perspective are both 3x3 matrices, whose product needs one
     resampling. Validation images are not changed.
 
     Args:
-        transforms: from ``aug_transforms``, in which an ``AffineCoordTfm`` and a
-            ``LightingTfm`` may occur once each.
+        transform: from ``aug_transforms``.
     """
 
     order, split_idx = AffineCoordTfm.order, 0
 
-    def __init__(self, transforms: list):
-        affine = [t for t in transforms if isinstance(t, AffineCoordTfm)]
-        lighting = [t for t in transforms if isinstance(t, LightingTfm)]
-        self.affine_fs = [f for t in affine for f in t.aff_fs]
-        self.warps = [f for t in affine for f in t.coord_fs]
-        self.lighting_fs = [f for t in lighting for f in t.fs]
+    def __init__(self, transform: AffineCoordTfm):
+        self.affine_fs, self.warps = transform.aff_fs, transform.coord_fs
 
     def encodes(self, x: TensorImage):
         """Images (n, 3, size, size), float32 from 0 to 1."""
-        matrices, brightness, contrast = (t.to(x.device, non_blocking=True) for t in self.draw(x))
-        images = x.as_subclass(torch.Tensor)
-        if self.affine_fs or self.warps:
-            images = resample(images, matrices)
-        if self.lighting_fs:
-            images = relight(images, brightness, contrast)
-        return TensorImage(images)
+        matrices = self.draw(len(x)).to(x.device, non_blocking=True)
+        return TensorImage(resample(x.as_subclass(torch.Tensor), matrices))
 
-    def draw(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Parameters for a batch like ``x``: matrices (n, 3, 3) from places in the result to
-        places in the image, both from -1 to 1; brightness (n,) and contrast (n,), which are
-        added to and multiplied with the logit of the colours. All float32, on the CPU."""
-        n = len(x)
+    def draw(self, n: int) -> torch.Tensor:
+        """Matrices (n, 3, 3) from places in the result to places in the image, both from -1 to 1;
+        float32, on the CPU."""
         like = torch.empty(n, 1, 1, 1)
         matrices = torch.eye(3).repeat(n, 1, 1)
         for function in self.affine_fs:
@@ -112,14 +98,9 @@ class FusedAugmentation(DisplayedTransform):
                 matrices = matrices @ matrix
         for warp in self.warps:
             warp.before_call(like)
-            matrices = _perspective(warp) @ matrices
-        changes = []
-        for function in self.lighting_fs:
-            function.before_call(like)
-            changes.append(function.change.as_subclass(torch.Tensor))
-        brightness, contrast = changes or (torch.full((n,), 0.5), torch.ones(n))
-        matrices = matrices.as_subclass(torch.Tensor)
-        return matrices, torch.logit(brightness), contrast
+            coefficients = find_coeffs(warp.orig_pts, warp.targ_pts)[..., 0]
+            matrices = torch.cat([coefficients, torch.ones(n, 1)], 1).view(n, 3, 3) @ matrices
+        return matrices.as_subclass(torch.Tensor)
 
 
 class Varied(DisplayedTransform):
@@ -212,29 +193,10 @@ def restain(images: torch.Tensor, mixed: torch.Tensor, tints: torch.Tensor) -> t
 def resample(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Images (n, c, size, size) seen through projective maps (n, 3, 3), edges mirrored."""
     n, _, height, width = images.shape
-    places = _places(height, width, images.device) @ matrices.transpose(1, 2)
-    grid = (places[..., :2] / places[..., 2:]).view(n, height, width, 2)
-    return torch.nn.functional.grid_sample(
+    unchanged = torch.eye(2, 3, device=images.device)[None]
+    places = functional.affine_grid(unchanged, [1, 1, height, width], align_corners=True)
+    turned = places.view(-1, 2) @ matrices[..., :2].transpose(1, 2) + matrices[:, None, :, 2]
+    grid = (turned[..., :2] / turned[..., 2:]).view(n, height, width, 2)
+    return functional.grid_sample(
         images, grid, mode="bilinear", padding_mode="reflection", align_corners=True
     )
-
-
-def relight(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
-    """Colours from 0 to 1 shifted and stretched on the logit scale, where none leaves 0 to 1."""
-    logits = torch.logit(images, eps=EPSILON)
-    return ((logits + brightness[:, None, None, None]) * contrast[:, None, None, None]).sigmoid_()
-
-
-def _perspective(warp) -> torch.Tensor:
-    """The matrices (n, 3, 3) of fastai's warp."""
-    coefficients = find_coeffs(warp.orig_pts, warp.targ_pts)[..., 0]
-    return torch.cat([coefficients, torch.ones(len(coefficients), 1)], 1).view(-1, 3, 3)
-
-
-@lru_cache(maxsize=4)
-def _places(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Homogeneous coordinates (height * width, 3) of the pixels, from -1 to 1, row by row."""
-    y, x = torch.meshgrid(
-        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
-    )
-    return torch.stack([x, y, torch.ones_like(x)], -1).view(-1, 3).to(device)

@@ -9,7 +9,6 @@ from bloodcell_fastai.data.augment import (
     Stain,
     augmentation,
     blur,
-    relight,
     resample,
     restain,
 )
@@ -54,24 +53,22 @@ def test_it_makes_fastais_images(batch, ours, theirs):
     set_seed(1)
     expected, _ = fastais(batch, **theirs)
     set_seed(1)
-    (transform,) = augmentation(**ours)
-    result = transform(batch.clone(), split_idx=0)
+    result = batch.clone()
+    for transform in augmentation(**ours):
+        result = transform(result, split_idx=0)
     assert type(result) is TensorImage
     # Mirrored edges jump where rounding lands on the other side of a border.
     assert (result - expected).abs().mean() < 1e-4
     assert (result - batch).abs().mean() > 0.05
 
 
-def test_its_parameters_are_distributed_as_fastais(batch):
-    """Rotation, zoom, mirroring and lighting of thousands of images, by their quantiles."""
-    many = batch[:1].expand(20_000, 3, 48, 48)
+def test_its_parameters_are_distributed_as_fastais():
+    """Rotation and mirroring of thousands of images, by their quantiles."""
     set_seed(2)
-    matrices, brightness, contrast = augmentation(**OPTIONS)[0].draw(many)
+    matrices = augmentation(**OPTIONS)[0].draw(20_000)
     set_seed(3)
-    affine, lighting = aug_transforms(**FASTAIS, max_lighting=0.3)
-    tiny = TensorImage(torch.zeros(20_000, 1, 2, 2))
-    affine.before_call(tiny, 0)
-    lighting.before_call(tiny, 0)
+    affine, _ = aug_transforms(**FASTAIS, max_lighting=0.3)
+    affine.before_call(TensorImage(torch.zeros(20_000, 1, 2, 2)), 0)
     determinants = torch.linalg.det(affine.mat[:, :, :2])
     # The warp multiplies by a projective matrix whose own determinant is near 1.
     assert torch.allclose(
@@ -81,11 +78,6 @@ def test_its_parameters_are_distributed_as_fastais(batch):
     for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
         ours, theirs = (a.quantile(quantile) for a in angles)
         assert abs(ours - theirs) < 0.12
-    for ours, function in zip((brightness.sigmoid(), contrast), lighting.fs, strict=True):
-        levels = torch.linspace(0.02, 0.98, 25)
-        assert torch.allclose(
-            ours.quantile(levels), torch.as_tensor(function.change).quantile(levels), atol=0.02
-        )
 
 
 def test_validation_images_are_not_changed(batch):
@@ -100,7 +92,6 @@ def test_nothing_asked_for_is_nothing_done():
 def test_the_identity_changes_nothing(batch):
     plain = batch.as_subclass(torch.Tensor)
     assert torch.allclose(resample(plain, torch.eye(3).repeat(32, 1, 1)), plain, atol=1e-5)
-    assert torch.allclose(relight(plain, torch.zeros(32), torch.ones(32)), plain, atol=1e-5)
 
 
 def test_it_does_not_wait_for_the_device(batch, monkeypatch):
