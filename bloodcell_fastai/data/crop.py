@@ -86,50 +86,31 @@ def crop_image(image: Image.Image, crop: str) -> Cropped:
 
 
 def _locate(image: np.ndarray) -> tuple[Nucleus | None, np.ndarray]:
-    """The nucleus, if there is one, and the colour of the background, float64 (3,)."""
-    small, lit = _reduced(image)
+    """:func:`find_nucleus`, and the colour of the background, float64 (3,)."""
+    scale = SEARCH_SIDE / max(image.shape[:2])
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    small = cv2.GaussianBlur(cv2.resize(image, size, interpolation=cv2.INTER_AREA), (0, 0), 1.2)
+    lit = cv2.erode((small.max(2) > DARK).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
     if not lit.any():
         return None, np.full(3, float(WHITE))
-    background = _background(small, lit)
-    nucleus = _nucleus(small, lit, background)
-    scale = max(image.shape[:2]) / max(small.shape[:2])
-    found = nucleus and Nucleus(nucleus.x * scale, nucleus.y * scale, nucleus.side * scale)
-    return found, background
-
-
-def _reduced(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The image, small and smooth, and which of its pixels are not black: uint8 and bool."""
-    scale = SEARCH_SIDE / max(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    small = cv2.GaussianBlur(small, (0, 0), 1.2)
-    lit = cv2.erode((small.max(2) > DARK).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    return small, lit
-
-
-def _background(small: np.ndarray, lit: np.ndarray) -> np.ndarray:
-    """The colour of the light where the slide is empty: float64 (3,)."""
     counts = [np.bincount(channel, minlength=256).cumsum() for channel in small[lit].T]
-    return np.array([np.searchsorted(c, BACKGROUND_QUANTILE * c[-1]) for c in counts], float)
-
-
-def _nucleus(small: np.ndarray, lit: np.ndarray, background: np.ndarray) -> Nucleus | None:
-    """:func:`find_nucleus` in a reduced image."""
+    background = np.array([np.searchsorted(c, BACKGROUND_QUANTILE * c[-1]) for c in counts], float)
     stain = _stain(small, lit, background)
     seen = stain[lit]
     mask = stain > _otsu(seen)
-    regions = _joined(mask)
+    # The lobes of one nucleus count as one region.
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
+    closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, disc)
+    _, regions = cv2.connectedComponents(closed)
     weights = np.bincount(regions.ravel(), (stain * mask).ravel())
     weights[0] = 0  # what lies between the regions
     chosen = (regions == weights.argmax()) & mask
     if not weights.any() or stain[chosen].mean() - np.median(seen) < MIN_STAIN:
-        return None
+        return None, background
     rows, columns = np.nonzero(chosen)
-    return Nucleus(
-        x=(columns.min() + columns.max() + 1) / 2,
-        y=(rows.min() + rows.max() + 1) / 2,
-        side=float(np.sqrt(len(rows))),
-    )
+    shrunk = max(image.shape[:2]) / max(size)
+    x, y = ((places.min() + places.max() + 1) / 2 * shrunk for places in (columns, rows))
+    return Nucleus(x, y, float(np.sqrt(len(rows))) * shrunk), background
 
 
 def _stain(small: np.ndarray, lit: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -147,10 +128,3 @@ def _otsu(values: np.ndarray) -> float:
     levels = np.minimum(values / top * 255, 255).astype(np.uint8).reshape(-1, 1)
     threshold, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_OTSU)
     return (threshold + 1) / 255 * top  # OpenCV keeps what is above the level
-
-
-def _joined(mask: np.ndarray) -> np.ndarray:
-    """Numbers of the connected regions, int32; the lobes of one nucleus count as one region."""
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
-    closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, disc)
-    return cv2.connectedComponents(closed)[1]
