@@ -460,8 +460,8 @@ class _Photo:
     field: str
     field_seed: int
     exposure: int
-    copies: tuple[str, ...]
-    simple: str | None  # the un-augmented copy that a TEST photograph has
+    copies: list[str]
+    simple: list[str]  # the un-augmented copy that a TEST photograph has
 
 
 def make_demo(root: Path, photos_per_class: int = 24, copies: int = 10, seed: int = 0) -> Path:
@@ -530,26 +530,23 @@ def _plan_photos(photos_per_class: int, copies: int, seed: int) -> list[_Photo]:
     twins = {CLASSES[-1 - i]: n_train if i == 0 else 1 for i in range(n_twins)}
 
     photos = []
-    for label, class_numbers, class_seeds in zip(CLASSES, numbers, field_seeds, strict=True):
-        train_names = _copy_names(rng, n_train, copies)
-        test_names = _copy_names(rng, n_test, copies)
-        simple_names = _copy_names(rng, n_test, 1)
-        for i, names in enumerate(train_names + test_names):
+    for label, own_numbers, seeds in zip(CLASSES, numbers.tolist(), field_seeds, strict=True):
+        names = _copy_names(rng, n_train, copies) + _copy_names(rng, n_test, copies)
+        simple_names: list[list[str]] = [[]] * n_train
+        simple_names += _copy_names(rng, n_test, 1)
+        for i, number in enumerate(own_numbers):
             subset = "TRAIN" if i < n_train else "TEST"
             field = 0 if twins.get(label) == i else i
-            simple = None
-            if subset == "TEST":
-                simple = str(_COPIES / "TEST_SIMPLE" / label / simple_names[i - n_train][0])
             photos.append(
                 _Photo(
-                    number=int(class_numbers[i]),
+                    number=number,
                     label=label,
                     subset=subset,
-                    field=f"field_{class_numbers[field]:05d}",
-                    field_seed=int(class_seeds[field]),
+                    field=f"field_{own_numbers[field]:05d}",
+                    field_seed=int(seeds[field]),
                     exposure=int(field != i),
-                    copies=tuple(str(_COPIES / subset / label / name) for name in names),
-                    simple=simple,
+                    copies=[str(_COPIES / subset / label / name) for name in names[i]],
+                    simple=[str(_COPIES / "TEST_SIMPLE" / label / n) for n in simple_names[i]],
                 )
             )
     return sorted(photos, key=lambda photo: photo.number)
@@ -573,8 +570,7 @@ def _write_photo(root: Path, photo: _Photo, seed: int) -> list[tuple]:
     _write_jpeg(root / _ORIGINALS / "JPEGImages" / f"{stem}.jpg", image)
     rng = np.random.default_rng([seed, photo.number + 1])  # with 0, the plan's own numbers
     copies = [(path, *augment_copy(image, cell, rng)) for path in photo.copies]
-    if photo.simple:
-        copies.append((photo.simple, *_shrink(image, cell)))
+    copies += [(path, *_shrink(image, cell)) for path in photo.simple]
     rows = []
     for path, copy, moved in copies:
         _write_jpeg(root / path, copy)
