@@ -46,9 +46,11 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import BloodcellError, DataError
 from ..files import atomic_path, read_table, require_columns, spellings
-from .images import is_image
+from .images import open_image
 
 Progress = Callable[[int, int, str], None]
+_Parallel = Callable[[Callable, Sequence, str], Iterator]
+"""Applies a function to tasks, in threads; yields the results in their order."""
 
 COLUMNS = ["path", "original", "photo", "inliers", "margin"]
 KAGGLE_TABLE = Path(__file__).with_name("kaggle_photos.csv.xz")
@@ -106,14 +108,8 @@ class _Fit(NamedTuple):
             and self.cover >= _MIN_COVER
         )
 
-    @property
-    def likeness(self) -> float:
-        """Agreement over the whole of a: what b does not show counts as disagreement."""
-        return self.agreement * self.cover
 
-    @property
-    def is_copy(self) -> bool:
-        return self.verified and self.cover >= _COPY_COVER
+_NO_FIT = _Fit(0, 0.0, 0.0, np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32))
 
 
 class _Link(NamedTuple):
@@ -174,13 +170,14 @@ def find_photos(
             f"{MAX_IMAGES:,}).",
             "Say which photograph each is of in photos.csv (path, photo) in the data set's folder.",
         )
-    with _engine(workers, progress) as engine:
-        images = _Collection([Path(path) for path in paths], engine, "reading images")
+    with _threads(workers, progress) as parallel:
+        images = _Collection([Path(path) for path in paths], parallel, "reading images")
         if originals:
-            columns = _against_originals(images, [Path(path) for path in originals], engine)
+            columns = _against_originals(images, [Path(path) for path in originals], parallel)
         else:
-            columns = _among_themselves(images, engine)
-    return pd.DataFrame({"path": list(paths)} | columns)[COLUMNS]
+            columns = _among_themselves(images, parallel)
+    found = pd.DataFrame(columns).iloc[images.content].reset_index(drop=True)
+    return found.assign(path=list(paths))[COLUMNS]
 
 
 def known_photos(paths: Sequence[str | Path], table: Path = KAGGLE_TABLE) -> pd.DataFrame:
@@ -302,20 +299,20 @@ def overlap(a: str | Path, b: str | Path) -> float:
 # --- with originals, and without ----------------------------------------------------------------
 
 
-def _against_originals(images: "_Collection", originals: list[Path], engine: "_Engine") -> dict:
+def _against_originals(images: "_Collection", originals: list[Path], parallel: _Parallel) -> dict:
     """Assign each image to an original; group among themselves those that none explains."""
-    names = _unique_names(originals)
-    photos = _Collection(originals, engine, "reading originals")
-    photo_names = [names[first] for first in photos.first]
-    index = _Index(photos.features, engine)
-    best, inliers, margin = _assign(images.features, photos.features, index, engine)
+    photos = _Collection(originals, parallel, "reading originals")
+    unique_names = _unique_names(originals)
+    photo_names = [unique_names[first] for first in photos.first]
+    index = _Index(photos.features, parallel)
+    best, inliers, margin = _assign(images.features, photos.features, index, parallel)
 
     # Originals and unexplained images are linked in one go: that gives the fields, the groups of
     # the missing originals, and which of those belong to a field.
     stray = np.flatnonzero(best < 0)
     together = photos.features + [images.features[i] for i in stray]
     # Photographs of one field may overlap in no more than a strip, hence many candidates.
-    links = _link(together, _MANY_CANDIDATES, engine)
+    links = _link(together, _MANY_CANDIDATES, parallel)
     n = len(photos.features)
     fields = _join_originals(_group(len(together), links), links, n)
     stray_links = [
@@ -326,32 +323,29 @@ def _against_originals(images: "_Collection", originals: list[Path], engine: "_E
     stray_groups = _group(len(stray), stray_links)
     inliers[stray], margin[stray] = _support(stray_groups, stray_links)
 
-    original_of = np.empty(len(best), object)
-    original_of[best >= 0] = [photo_names[k] for k in best[best >= 0]]
-    missing = _number(stray_groups, [images.first[i] for i in stray], "missing")
-    original_of[stray] = missing
-
-    field_of = best.copy()
-    field_of[stray] = np.arange(n, n + len(stray))
+    missing = _number(stray_groups, images.first[stray], "missing")
+    names = np.array([*photo_names, *missing], object)
+    name_of = best.copy()
+    name_of[stray] = np.arange(n, len(names))
     field_names: dict[int, str] = {}
     # An original gives the field its name before a missing one does.
-    for k in [*np.argsort(photo_names), *range(n, n + len(stray))]:
-        field_names.setdefault(fields[k], photo_names[k] if k < n else missing[k - n])
-    photo_of = np.array([field_names[fields[k]] for k in field_of], object)
-    return images.spread(original=original_of, photo=photo_of, inliers=inliers, margin=margin)
+    for k in [*np.argsort(photo_names), *range(n, len(names))]:
+        field_names.setdefault(fields[k], names[k])
+    photo = [field_names[field] for field in fields[name_of]]
+    return {"original": names[name_of], "photo": photo, "inliers": inliers, "margin": margin}
 
 
-def _among_themselves(images: "_Collection", engine: "_Engine") -> dict:
+def _among_themselves(images: "_Collection", parallel: _Parallel) -> dict:
     """Group images by their links alone."""
-    links = _link(images.features, _CANDIDATES, engine)
+    links = _link(images.features, _CANDIDATES, parallel)
     groups = _group(len(images.features), links)
     inliers, margin = _support(groups, links)
-    photo = np.array(_number(groups, images.first, "photo"), object)
-    return images.spread(original=photo, photo=photo, inliers=inliers, margin=margin)
+    photo = _number(groups, images.first, "photo")
+    return {"original": photo, "photo": photo, "inliers": inliers, "margin": margin}
 
 
 def _assign(
-    images: list[_Features], originals: list[_Features], index: "_Index", engine: "_Engine"
+    images: list[_Features], originals: list[_Features], index: "_Index", parallel: _Parallel
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each image: number of its original (-1 for none), inliers, margin to the runner-up."""
     found = np.zeros((len(images), 3), int)
@@ -362,7 +356,7 @@ def _assign(
         queries = [images[i] for i in todo]
         candidates = index.candidates(index.words(queries), count, "searching originals")
         tasks = list(zip(queries, candidates, strict=True))
-        chosen = list(engine.map(choose, tasks, "comparing with originals"))
+        chosen = list(parallel(choose, tasks, "comparing with originals"))
         found[todo] = np.array(chosen, int).reshape(-1, 3)
     return found[:, 0], found[:, 1], found[:, 2]
 
@@ -371,13 +365,14 @@ def _choose(task: tuple, originals: list[_Features]) -> tuple[int, int, int]:
     """The original of one image among its candidates (-1 for none), with inliers and margin."""
     image, candidates = task
     fits = [(k, _fit(image, originals[k], mirrored)) for k, mirrored in candidates]
-    copies = [(k, fit) for k, fit in fits if fit.is_copy]
+    copies = [(k, fit) for k, fit in fits if fit.verified and fit.cover >= _COPY_COVER]
     if not copies:
         return -1, 0, 0
     # Two photographs of one field have nearly as many inliers. Correlation distinguishes them: only
-    # the true original, warped onto the copy, matches all of it.
+    # the true original, warped onto the copy, matches all of it: what is not covered disagrees.
     most = max(fit.inliers for _, fit in copies)
-    k, fit = max((c for c in copies if c[1].inliers >= most / 2), key=lambda c: c[1].likeness)
+    likely = [(k, fit) for k, fit in copies if fit.inliers >= most / 2]
+    k, fit = max(likely, key=lambda found: found[1].agreement * found[1].cover)
     runner_up = max((other.inliers for j, other in fits if j != k), default=0)
     return k, fit.inliers, fit.inliers - runner_up
 
@@ -385,15 +380,21 @@ def _choose(task: tuple, originals: list[_Features]) -> tuple[int, int, int]:
 # --- links and groups ---------------------------------------------------------------------------
 
 
-def _link(images: list[_Features], count: int, engine: "_Engine") -> list[_Link]:
+def _link(images: list[_Features], count: int, parallel: _Parallel) -> list[_Link]:
     """Compare each image with its best candidates, then again with those of other groups.
 
     A photograph can have hundreds of copies, which fill the first list of candidates. The later
     rounds search outside the group found so far, until no groups join. ``count`` is the number of
     candidates of an image in a round.
     """
-    index = _Index(images, engine)
+    index = _Index(images, parallel)
     words = index.words(images)
+
+    def compare(task: tuple[int, int, bool]) -> _Link:
+        a, b, mirrored = task
+        fit = _fit(images[a], images[b], mirrored)
+        return _Link(a, b, fit.inliers, fit.verified)
+
     links: dict[tuple[int, int, bool], _Link] = {}
     groups = np.arange(len(images))
     for turn in range(1, _ROUNDS + 1):
@@ -401,18 +402,11 @@ def _link(images: list[_Features], count: int, engine: "_Engine") -> list[_Link]
         found = index.candidates(words, count, f"searching, round {turn}", groups)
         wanted = {(min(a, b), max(a, b), m) for a, best in enumerate(found) for b, m in best}
         tasks = sorted(wanted - links.keys())
-        compare = partial(_compare, images=images)
-        links |= zip(tasks, engine.map(compare, tasks, stage), strict=True)
+        links |= zip(tasks, parallel(compare, tasks, stage), strict=True)
         before, groups = groups, _group(len(images), list(links.values()))
         if len(np.unique(groups)) == len(np.unique(before)):
             break
     return list(links.values())
-
-
-def _compare(task: tuple[int, int, bool], images: list[_Features]) -> _Link:
-    a, b, mirrored = task
-    fit = _fit(images[a], images[b], mirrored)
-    return _Link(a, b, fit.inliers, fit.verified)
 
 
 def _group(count: int, links: list[_Link]) -> np.ndarray:
@@ -466,11 +460,10 @@ def _support(groups: np.ndarray, links: list[_Link]) -> tuple[np.ndarray, np.nda
     return inside, np.where(inside > 0, inside - outside, 0)
 
 
-def _number(groups: np.ndarray, first: list[int], word: str) -> list[str]:
+def _number(groups: np.ndarray, first: np.ndarray, word: str) -> list[str]:
     """Names such as photo-0001 for groups, in the order their first file was given."""
-    numbers: dict[int, int] = {}
-    for i in np.argsort(first):
-        numbers.setdefault(groups[i], len(numbers) + 1)
+    ordered = pd.unique(groups[np.argsort(first)])
+    numbers = {group: number for number, group in enumerate(ordered, start=1)}
     return [f"{word}-{numbers[group]:04d}" for group in groups]
 
 
@@ -479,13 +472,10 @@ def _number(groups: np.ndarray, first: list[int], word: str) -> list[str]:
 
 def _read(path: str | Path) -> _Features | None:
     """Features of an image file; None where it cannot be read."""
-    if not is_image(path):  # OpenCV knows formats that are better left alone, and no limit
-        return None
     try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):  # cv2.error: the file is empty
+        return _detect(np.asarray(open_image(path)))
+    except OSError:
         return None
-    return None if image is None else _detect(image)
 
 
 def _blank() -> _Features:
@@ -494,7 +484,7 @@ def _blank() -> _Features:
 
 
 def _detect(image: np.ndarray) -> _Features:
-    """Features of an image, (h, w, 3) uint8 BGR."""
+    """Features of an image, (h, w, 3) uint8."""
     scale = min(1.0, _SIDE / max(image.shape[:2]))
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -523,12 +513,9 @@ def _detect(image: np.ndarray) -> _Features:
 def _without_corners(image: np.ndarray) -> np.ndarray:
     """Mask, (h, w) uint8, that is 0 in near-black regions which touch the border."""
     dark = (image.max(axis=2) <= _DARK).astype(np.uint8)
-    count, regions = cv2.connectedComponents(dark, connectivity=4)
-    shown = np.ones(count, np.uint8)
-    for edge in (regions[0], regions[-1], regions[:, 0], regions[:, -1]):
-        shown[edge] = 0
-    shown[0] = 1  # everything that is not dark
-    return shown[regions]
+    framed = cv2.copyMakeBorder(dark, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+    cv2.floodFill(framed, None, (0, 0), 2)
+    return (framed[1:-1, 1:-1] != 2).astype(np.uint8)
 
 
 # The order in which a descriptor describes the mirror image. It holds 4 rows of 4 cells with 8
@@ -554,14 +541,13 @@ def _fit(a: _Features, b: _Features, mirrored: bool) -> _Fit:
     """Lay image a, or its mirror image, on image b by an affine map."""
     a = _mirror(a) if mirrored else a
     points_a, points_b = _mutual_matches(a, b)
-    nothing = _Fit(0, 0.0, 0.0, points_a[:0], points_b[:0])
     if len(points_a) < 4:
-        return nothing
+        return _NO_FIT
     affine, good = cv2.estimateAffine2D(
         points_a, points_b, ransacReprojThreshold=_RANSAC_PIXELS, maxIters=500
     )
     if affine is None or not _plausible(affine[:, :2]):
-        return nothing
+        return _NO_FIT
     kept = good.ravel() > 0
     points_a, points_b = points_a[kept], points_b[kept]
     # SIFT gives one place several keypoints where its direction is unclear: they count once.
@@ -576,9 +562,7 @@ def _best_fit(a: str | Path, b: str | Path) -> tuple[_Fit, bool, _Features, _Fea
     first, second = (_read(path) or _blank() for path in (a, b))
     fits = [(_fit(first, second, mirrored), mirrored) for mirrored in (False, True)]
     fit, mirrored = max(fits, key=lambda entry: entry[0].inliers)
-    if not fit.verified:
-        fit = _Fit(0, 0.0, 0.0, fit.points_a[:0], fit.points_b[:0])
-    return fit, mirrored, first, second
+    return fit if fit.verified else _NO_FIT, mirrored, first, second
 
 
 def _mutual_matches(a: _Features, b: _Features) -> tuple[np.ndarray, np.ndarray]:
@@ -631,12 +615,11 @@ _Words = list[sparse.csr_matrix]
 class _Index:
     """Finds the images that have rare visual words in common with a query."""
 
-    _BLOCK = 128  # images at a time; fixed, since rounding may depend on it
     _SAMPLE = 60_000  # descriptors that the codebooks are learned from
     _CODES = 256  # of each of the two codebooks
 
-    def __init__(self, images: list[_Features], engine: "_Engine"):
-        self.engine = engine
+    def __init__(self, images: list[_Features], parallel: _Parallel):
+        self.parallel = parallel
         self._learn(images)
         words = self.words(images)[0]
         frequency = np.bincount(words.indices, minlength=words.shape[1])
@@ -646,11 +629,8 @@ class _Index:
         self.votes = scaled.T.tocsr().astype(np.float32)  # (words, images)
 
     def words(self, images: list[_Features]) -> _Words:
-        blocks = [images[i : i + self._BLOCK] for i in range(0, len(images), self._BLOCK)]
-        found = list(self.engine.map(self._block_words, blocks, "indexing"))
-        nothing = sparse.csr_matrix((0, self._CODES**2), dtype=np.float32)
-        parts = ([nothing, *(block[side] for block in found)] for side in (0, 1))
-        return [sparse.vstack(part).tocsr() for part in parts]
+        found = list(self.parallel(self._words_of, images, "indexing"))
+        return [self._matrix([words[side] for words in found]) for side in (0, 1)]
 
     def candidates(
         self, words: _Words, count: int, stage: str, groups: np.ndarray | None = None
@@ -660,28 +640,19 @@ class _Index:
         With ``groups``, (images,) int, the queries are the images themselves, and the candidates
         come from other groups than the query's own.
         """
-        starts = range(0, words[0].shape[0], self._BLOCK)
-        search = partial(self._search, words=words, count=count, groups=groups)
-        return [found for block in self.engine.map(search, starts, stage) for found in block]
-
-    def _search(
-        self, start: int, words: _Words, count: int, groups: np.ndarray | None
-    ) -> list[list[tuple[int, bool]]]:
-        block = slice(start, start + self._BLOCK)
-        straight, mirrored = ((part[block] @ self.votes).toarray() for part in words)
-        if groups is not None:
-            own = groups[block, None] == groups
-            straight[own] = mirrored[own] = 0
-        score = np.hstack([straight, mirrored])
-        count = min(count, score.shape[1])
-        best = np.argpartition(-score, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(score, best, axis=1), axis=1, kind="stable")
-        best = np.take_along_axis(best, order, axis=1)
         images = self.votes.shape[1]
-        return [
-            [(int(k) % images, bool(k >= images)) for k in row if score[i, k] > 0]
-            for i, row in enumerate(best)
-        ]
+
+        def best(query: int) -> list[tuple[int, bool]]:
+            straight, mirrored = ((part[query] @ self.votes).toarray()[0] for part in words)
+            if groups is not None:
+                own = groups == groups[query]
+                straight[own] = mirrored[own] = 0
+            score = np.hstack([straight, mirrored])
+            chosen = np.argpartition(-score, min(count, 2 * images) - 1)[:count]
+            chosen = chosen[np.argsort(-score[chosen], kind="stable")]
+            return [(int(k) % images, bool(k >= images)) for k in chosen if score[k] > 0]
+
+        return list(self.parallel(best, range(words[0].shape[0]), stage))
 
     def _learn(self, images: list[_Features]) -> None:
         """Two codebooks, each on a half of the principal components of the descriptors."""
@@ -704,16 +675,16 @@ class _Index:
             means = KMeans(codes, n_init=1, max_iter=15, random_state=0).fit(projected)
             self.codebooks.append((axes[:, columns], means.cluster_centers_.astype(np.float32)))
 
-    def _block_words(self, images: list[_Features]) -> _Words:
-        descriptors = np.concatenate([image.descriptors for image in images])
-        rows = np.repeat(np.arange(len(images)), [len(image.descriptors) for image in images])
-        parts = []
-        for described in (descriptors, descriptors[:, _MIRROR_ORDER]):
-            occurs, place = np.ones(len(rows), np.float32), (rows, self._quantise(described))
-            matrix = sparse.csr_matrix((occurs, place), (len(images), self._CODES**2))
-            matrix.data[:] = 1  # a word that occurs twice was added up
-            parts.append(matrix)
-        return parts
+    def _words_of(self, image: _Features) -> list[np.ndarray]:
+        """The different words of an image, and of its mirror image."""
+        mirrored = image.descriptors[:, _MIRROR_ORDER]
+        return [np.unique(self._quantise(each)) for each in (image.descriptors, mirrored)]
+
+    def _matrix(self, words: list[np.ndarray]) -> sparse.csr_matrix:
+        ends = np.cumsum([0, *map(len, words)])
+        columns = np.concatenate([np.zeros(0, int), *words])
+        occurs = np.ones(len(columns), np.float32)
+        return sparse.csr_matrix((occurs, columns, ends), (len(words), self._CODES**2))
 
     def _quantise(self, descriptors: np.ndarray) -> np.ndarray:
         """Word of each descriptor, (n, 128) uint8 -> (n,) int."""
@@ -735,28 +706,15 @@ class _Collection:
     Attributes:
         features: one for each different content.
         first: for each of them the position of the first file that has it.
+        content: for each file the position of its content.
     """
 
-    def __init__(self, paths: list[Path], engine: "_Engine", stage: str):
-        by_digest: dict[str, list[int]] = {}
-        for i, path in enumerate(paths):
-            # A file that cannot be opened is like no other.
-            by_digest.setdefault(digest(path) or f"unreadable {i}", []).append(i)
-        same_files = [by_digest[key] for key in sorted(by_digest)]
-        read = list(engine.map(_read, [paths[same[0]] for same in same_files], stage))
-        self.features: list[_Features] = []
-        self.first: list[int] = []
-        self.content = np.empty(len(paths), int)
-        for same, features in zip(same_files, read, strict=True):
-            # Nothing is known of a file that is no image, not even if another equals it.
-            for positions in [same] if features else [[i] for i in same]:
-                self.content[positions] = len(self.features)
-                self.features.append(features or _blank())
-                self.first.append(positions[0])
-
-    def spread(self, **columns: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns by image content -> columns by file."""
-        return {name: values[self.content] for name, values in columns.items()}
+    def __init__(self, paths: list[Path], parallel: _Parallel, stage: str):
+        read = list(parallel(_read, paths, stage))
+        # Nothing is known of a file that is no image, not even if another equals it.
+        keys = [digest(paths[i]) if read[i] else f"no image {i}" for i in range(len(paths))]
+        _, self.first, self.content = np.unique(keys, return_index=True, return_inverse=True)
+        self.features = [read[i] or _blank() for i in self.first]
 
 
 def digest(path: str | Path) -> str:
@@ -784,29 +742,21 @@ def _unique_names(paths: list[Path]) -> list[str]:
     return [path.absolute().relative_to(root).as_posix() for path in paths]
 
 
-class _Engine(NamedTuple):
-    """Threads that report their progress."""
-
-    pool: ThreadPool
-    progress: Progress | None
-
-    def map(self, function: Callable, tasks: Sequence, stage: str) -> Iterator:
-        """Yield function(task) in the order of the tasks."""
-        size = max(1, min(32, len(tasks) // 64))
-        for done, result in enumerate(self.pool.imap(function, tasks, chunksize=size), start=1):
-            if self.progress and (done % size == 0 or done == len(tasks)):
-                self.progress(done, len(tasks), stage)
-            yield result
-
-
 @contextmanager
-def _engine(workers: int | None, progress: Progress | None) -> Iterator[_Engine]:
+def _threads(workers: int | None, progress: Progress | None) -> Iterator[_Parallel]:
     """Threads that compute on one core each: the libraries' own would compete with these, and would
     let rounding depend on their number."""
+
+    def parallel(function: Callable, tasks: Sequence, stage: str) -> Iterator:
+        for done, result in enumerate(pool.imap(function, tasks), start=1):
+            if progress:
+                progress(done, len(tasks), stage)
+            yield result
+
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
         with threadpool_limits(1), ThreadPool(workers or os.cpu_count()) as pool:
-            yield _Engine(pool, progress)
+            yield parallel
     finally:
         cv2.setNumThreads(threads)
