@@ -29,6 +29,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
@@ -63,6 +65,7 @@ def figure_svg(figure: Figure) -> str:
     return svg.replace("<defs>", f"{style}<defs>", 1)
 
 
+@rc_context(STYLE)
 def plot_history(history: pd.DataFrame, names: Sequence[str] = ("loss", "accuracy")) -> Figure:
     """Training and validation curves per epoch; a ring marks the best epoch.
 
@@ -70,64 +73,63 @@ def plot_history(history: pd.DataFrame, names: Sequence[str] = ("loss", "accurac
         history: one row per epoch, as ``Run.history``.
         names: a panel for each; ``loss`` and ``accuracy`` by default.
     """
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4 * len(names), 3.2))
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            for colour, label in ((BLUE, "training"), (ORANGE, "validation")):
-                values = history[f"{label[:5]}_{name}"]
-                axes.plot(history.epoch, values, "o-", ms=4, color=colour, label=label)
-            best = history.loc[history.valid_accuracy.idxmax()]
-            ring = {"ms": 11, "mfc": "none", "mec": ORANGE}
-            axes.plot(best.epoch, best[f"valid_{name}"], "o", label="best epoch", **ring)
-            axes.set(xlabel="Epoch", ylabel=name.capitalize())
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.25)
-            if name == "accuracy":
-                axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend()
+    figure = Figure(figsize=(4 * len(names), 3.2))
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for colour, label in ((BLUE, "training"), (ORANGE, "validation")):
+            values = history[f"{label[:5]}_{name}"]
+            axes.plot(history.epoch, values, "o-", ms=4, color=colour, label=label)
+        best = history.loc[history.valid_accuracy.idxmax()]
+        ring = {"ms": 11, "mfc": "none", "mec": ORANGE}
+        axes.plot(best.epoch, best[f"valid_{name}"], "o", label="best epoch", **ring)
+        axes.set(xlabel="Epoch", ylabel=name.capitalize())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if name == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend()
     return figure
 
 
+@rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False, "axes.grid": False})
 def plot_confusion_matrix(evaluation: Evaluation) -> Figure:
     """Confusion matrix: rows are true classes, columns predicted classes; in each cell the number
     of images and their proportion of the true class."""
     matrix, classes = evaluation.confusion_matrix, evaluation.classes
     proportions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 1.9 + 0.95 * len(classes)
-    with rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(side + 0.6, side))
-        axes = figure.subplots()
-        image = axes.imshow(proportions, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), count in np.ndenumerate(matrix):
-            proportion = proportions[row, column]
-            colour, text = "white" if proportion > 0.5 else "black", f"{count:,}\n{proportion:.1%}"
-            axes.text(column, row, text, ha="center", va="center", color=colour)
-        ticks = range(len(classes))
-        axes.set_xticks(ticks, classes, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_yticks(ticks, classes)
-        axes.tick_params(length=0)
-        axes.set(xlabel="Predicted class", ylabel="True class")
-        label = "Proportion of the true class"
-        figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label=label)
+    figure = Figure(figsize=(side + 0.6, side))
+    axes = figure.subplots()
+    image = axes.imshow(proportions, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(matrix):
+        proportion = proportions[row, column]
+        colour, text = "white" if proportion > 0.5 else "black", f"{count:,}\n{proportion:.1%}"
+        axes.text(column, row, text, ha="center", va="center", color=colour)
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, classes)
+    axes.tick_params(length=0)
+    axes.set(xlabel="Predicted class", ylabel="True class")
+    label = "Proportion of the true class"
+    figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label=label)
     return figure
 
 
+@rc_context(STYLE)
 def plot_top_losses(evaluation: Evaluation, k: int = 9) -> Figure:
     """The ``k`` images with the highest loss, one of each photograph."""
     worst = evaluation.top_losses(k, one_per_photo=True)
-    with rc_context(STYLE):
-        figure = _picture_grid(max(1, -(-len(worst) // 3)), 3, 3, 3.1)
-        for axis, row in zip(figure.axes, worst.itertuples(), strict=False):
-            axis.imshow(open_image(row.path))
-            axis.set_title(
-                f"true: {row.label}\npredicted: {row.predicted} {row.confidence:.0%}\n"
-                f"loss {row.loss:.2f}, p(true) {np.exp(-row.loss):.1%}",
-                color=GREY if row.label == row.predicted else ORANGE,
-                fontsize=9,
-            )
+    figure = _picture_grid(max(1, -(-len(worst) // 3)), 3, 3, 3.1)
+    for axis, row in zip(figure.axes, worst.itertuples(), strict=False):
+        axis.imshow(open_image(row.path))
+        axis.set_title(
+            f"true: {row.label}\npredicted: {row.predicted} {row.confidence:.0%}\n"
+            f"loss {row.loss:.2f}, p(true) {np.exp(-row.loss):.1%}",
+            color=GREY if row.label == row.predicted else ORANGE,
+            fontsize=9,
+        )
     return figure
 
 
+@rc_context(STYLE)
 def plot_reliability(evaluation: Evaluation) -> Figure:
     """Reliability diagram: accuracy against confidence, above a histogram of the confidences.
 
@@ -138,31 +140,29 @@ def plot_reliability(evaluation: Evaluation) -> Figure:
     table = evaluation.predictions
     correct = (table.label == table.predicted).to_numpy()
     bins, before = reliability(table.confidence.to_numpy(), correct), uncalibrated(evaluation)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 4.4))
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="perfect calibration")
-        label = "this model"
-        if before is not None and evaluation.temperature != 1:
-            label = "calibrated"
-            raw = reliability(before.max(axis=1), correct)
-            upper.plot(raw.confidence, raw.accuracy, "o-", ms=4, lw=1, color=ORANGE, alpha=0.6)
-            upper.lines[-1].set_label("before calibration")
-        upper.plot(bins.confidence, bins.accuracy, "o-", ms=5, color=BLUE, label=label)
-        upper.set(ylabel="Accuracy", xlim=(0, 1), ylim=(-0.02, 1.02))
-        upper.legend(loc="upper left")
-        lower.bar(
-            (bins.index + 0.5) / CALIBRATION_BINS, bins.images, 0.85 / CALIBRATION_BINS, color=BLUE
-        )
-        lower.set(xlabel="Confidence", ylabel="Images")
-        lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        for axes in (upper, lower):
-            axes.grid(alpha=0.25)
-        upper.yaxis.set_major_formatter(PercentFormatter(1))
-        lower.xaxis.set_major_formatter(PercentFormatter(1))
+    figure = Figure(figsize=(4.4, 4.4))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="perfect calibration")
+    label = "this model"
+    if before is not None and evaluation.temperature != 1:
+        label = "calibrated"
+        raw = reliability(before.max(axis=1), correct)
+        upper.plot(raw.confidence, raw.accuracy, "o-", ms=4, lw=1, color=ORANGE, alpha=0.6)
+        upper.lines[-1].set_label("before calibration")
+    upper.plot(bins.confidence, bins.accuracy, "o-", ms=5, color=BLUE, label=label)
+    upper.set(ylabel="Accuracy", xlim=(0, 1), ylim=(-0.02, 1.02))
+    upper.legend(loc="upper left")
+    lower.bar(
+        (bins.index + 0.5) / CALIBRATION_BINS, bins.images, 0.85 / CALIBRATION_BINS, color=BLUE
+    )
+    lower.set(xlabel="Confidence", ylabel="Images")
+    lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    upper.yaxis.set_major_formatter(PercentFormatter(1))
+    lower.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
+@rc_context(STYLE)
 def plot_coverage(evaluation: Evaluation) -> Figure:
     """Selective prediction: accuracy against coverage (El-Yaniv and Wiener 2010).
 
@@ -177,31 +177,25 @@ def plot_coverage(evaluation: Evaluation) -> Figure:
     ends[: max(1, len(ranked) // 50)] &= len(ranked) < 50  # the first few images are noise
     shown = np.flatnonzero(ends)[np.unique(np.linspace(0, ends.sum() - 1, 300).astype(int))]
     marks = [row for row in coverage(evaluation) if row["min_confidence"] and row["n_images"]]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 4.4))
-        axes = figure.subplots()
-        axes.plot(answered[shown], accuracy[shown], color=BLUE)
-        labelled = np.inf
-        for row in marks:
-            x, y = row["coverage"], row["accuracy"]
-            axes.vlines(x, *row["accuracy_ci95"], color=BLUE, alpha=0.35, lw=3)
-            axes.plot(x, y, "o", ms=6, color=ORANGE)
-            if labelled - x > 0.07:  # else the labels would overlap
-                axes.annotate(
-                    f"{row['min_confidence']:g}",
-                    (x, y),
-                    xytext=(5, 6),
-                    textcoords="offset points",
-                    color=ORANGE,
-                )
-                labelled = x
-        axes.set(xlabel="Coverage", ylabel="Accuracy of the images answered", xlim=(0, 1.04))
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.grid(alpha=0.25)
+    figure = Figure(figsize=(4.4, 4.4))
+    axes = figure.subplots()
+    axes.plot(answered[shown], accuracy[shown], color=BLUE)
+    labelled = np.inf
+    for row in marks:
+        x, y = row["coverage"], row["accuracy"]
+        axes.vlines(x, *row["accuracy_ci95"], color=BLUE, alpha=0.35, lw=3)
+        axes.plot(x, y, "o", ms=6, color=ORANGE)
+        if labelled - x > 0.07:  # else the labels would overlap
+            text = f"{row['min_confidence']:g}"
+            axes.annotate(text, (x, y), (5, 6), textcoords="offset points", color=ORANGE)
+            labelled = x
+    axes.set(xlabel="Coverage", ylabel="Accuracy of the images answered", xlim=(0, 1.04))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
+@rc_context(STYLE)
 def plot_robustness(table: pd.DataFrame, kinds: Sequence[str] = ()) -> Figure:
     """Accuracy against the strength of each corruption, a panel each.
 
@@ -215,27 +209,26 @@ def plot_robustness(table: pd.DataFrame, kinds: Sequence[str] = ()) -> Figure:
     kinds = list(kinds or corrupted.kind.unique())
     columns = min(len(kinds), 4)
     rows = -(-len(kinds) // columns)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(2.9 * columns, 2.5 * rows))
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        for axes, kind in zip(grid.flat, kinds, strict=False):
-            shown = corrupted[corrupted.kind == kind]
-            axes.axhline(clean.accuracy, ls="--", lw=1, color=GREY, label="clean")
-            bounds = (shown.accuracy_low, shown.accuracy_high)
-            axes.vlines(shown.strength, *bounds, color=BLUE, alpha=0.35, lw=3)
-            axes.plot(shown.strength, shown.accuracy, "o-", ms=5, color=BLUE)
-            axes.set(title=kind[:1].upper() + kind[1:], xlabel=shown.unit.iloc[0])
-            axes.set(xlim=(0.6, 5.4), ylim=(-0.02, 1.04))
-            axes.set_xticks(shown.strength, [f"{setting:g}" for setting in shown.setting])
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
-            axes.grid(alpha=0.25)
-        for axes in grid[:, 0]:
-            axes.set_ylabel("Accuracy")
-        if len(kinds) > 1:
-            grid[0, 0].legend(loc="lower left")
+    figure = Figure(figsize=(2.9 * columns, 2.5 * rows))
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, kind in zip(grid.flat, kinds, strict=False):
+        shown = corrupted[corrupted.kind == kind]
+        axes.axhline(clean.accuracy, ls="--", lw=1, color=GREY, label="clean")
+        bounds = (shown.accuracy_low, shown.accuracy_high)
+        axes.vlines(shown.strength, *bounds, color=BLUE, alpha=0.35, lw=3)
+        axes.plot(shown.strength, shown.accuracy, "o-", ms=5, color=BLUE)
+        axes.set(title=kind[:1].upper() + kind[1:], xlabel=shown.unit.iloc[0])
+        axes.set(xlim=(0.6, 5.4), ylim=(-0.02, 1.04))
+        axes.set_xticks(shown.strength, [f"{setting:g}" for setting in shown.setting])
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    for axes in grid[:, 0]:
+        axes.set_ylabel("Accuracy")
+    if len(kinds) > 1:
+        grid[0, 0].legend(loc="lower left")
     return figure
 
 
+@rc_context(STYLE)
 def plot_copies(pairs: Sequence[tuple[str, str]], matches: int = 30) -> Figure:
     """Pairs of copies of one photograph: a training image left, a validation image right.
 
@@ -243,10 +236,9 @@ def plot_copies(pairs: Sequence[tuple[str, str]], matches: int = 30) -> Figure:
         pairs: paths of a training and of a validation image.
         matches: lines drawn at most, each between two matching features.
     """
-    with rc_context(STYLE):
-        figure = _picture_grid(-(-len(pairs) // 2), 2, 6.6, 2.75)
-        for axis, (train, valid) in zip(figure.axes, pairs, strict=False):
-            _draw_pair(axis, train, valid, matches)
+    figure = _picture_grid(-(-len(pairs) // 2), 2, 6.6, 2.75)
+    for axis, (train, valid) in zip(figure.axes, pairs, strict=False):
+        _draw_pair(axis, train, valid, matches)
     return figure
 
 
@@ -270,17 +262,17 @@ def _draw_pair(axis, train: str, valid: str, matches: int) -> None:
     )
 
 
+@rc_context(STYLE)
 def contact_sheet(table: pd.DataFrame, per_class: int = 6, seed: int = 0) -> Figure:
     """Randomly chosen images of an image table, one row per class."""
     groups = list(table.groupby("label"))
-    with rc_context(STYLE):
-        figure = _picture_grid(len(groups), per_class, 1.8, 1.5)
-        for row, (label, images) in enumerate(groups):
-            axes = figure.axes[row * per_class : (row + 1) * per_class]
-            paths = images.path.sample(min(per_class, len(images)), random_state=seed)
-            for axis, path in zip(axes, paths, strict=False):
-                axis.imshow(open_image(path))
-            axes[0].set_ylabel(f"{label}\n{len(images):,} images")
+    figure = _picture_grid(len(groups), per_class, 1.8, 1.5)
+    for row, (label, images) in enumerate(groups):
+        axes = figure.axes[row * per_class : (row + 1) * per_class]
+        paths = images.path.sample(min(per_class, len(images)), random_state=seed)
+        for axis, path in zip(axes, paths, strict=False):
+            axis.imshow(open_image(path))
+        axes[0].set_ylabel(f"{label}\n{len(images):,} images")
     return figure
 
 
