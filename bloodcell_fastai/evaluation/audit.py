@@ -1,6 +1,6 @@
 """``bloodcell audit``: the photograph of each image, and the leakage of each split."""
 
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
@@ -144,7 +144,10 @@ def audit(
             progress=lambda done, total, stage: progress(stage.capitalize(), done, total),
         )
     table = dataset.table.drop(columns="photo").merge(known[COLUMNS], on="path", how="left")
-    splits = dict(_possible_splits(table))
+    splits: dict[str, pd.DataFrame] = {}
+    for name in SPLITS:
+        with suppress(BloodcellError):  # such as official for a data set without folders of its own
+            splits[name] = split_table(table, name)
     if run is not None:
         splits[f"run {run.name}"] = _split_of(run, table, dataset.root)
     return Audit(table, splits, rebuilt)
@@ -229,14 +232,6 @@ def _overlap_across_labels(field: pd.DataFrame) -> float:
     best = field.sort_values("inliers", ascending=False).drop_duplicates(["original", "label"])
     pairs = combinations(best.itertuples(), 2)
     return max(overlap(a.path, b.path) for a, b in pairs if a.label != b.label)
-
-
-def _possible_splits(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for name in SPLITS:
-        try:
-            yield name, split_table(table, name)
-        except BloodcellError:
-            continue  # such as official for a data set without folders of its own
 
 
 def _split_of(run: Run, table: pd.DataFrame, root: Path) -> pd.DataFrame:
