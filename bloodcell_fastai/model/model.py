@@ -101,11 +101,8 @@ def load_model(
     """
     weights = str(weights)
     if weights == "auto":
-        if (name := pretrained_for(arch)) is not None:
-            weights = name
-        elif (reason := _why_no_pretrained(arch)) is None:
-            weights = "imagenet"
-        else:
+        weights = pretrained_for(arch) or "imagenet"
+        if weights == "imagenet" and (reason := _why_no_pretrained(arch)):
             weights = "none"
             warnings.warn(
                 f"RANDOM WEIGHTS: {arch} starts from random weights, because {reason} Expect to "

@@ -52,33 +52,29 @@ class FusedAdam(Optimizer):
             decay = hyper["wd"] if state.get("do_wd", True) else 0.0
             key = (*(hyper[name] for name in ("lr", "mom", "sqr_mom", "eps")), decay)
             together[key, parameter.device.type].append((parameter, state))
-        for (key, device), pairs in together.items():
-            _update(pairs, device in FUSED_DEVICES, *key)
+        for ((lr, mom, sqr_mom, eps, decay), device), pairs in together.items():
+            states = [state for _, state in pairs]
+            adamw(
+                [parameter for parameter, _ in pairs],
+                [_laid_out_as(parameter, parameter.grad) for parameter, _ in pairs],
+                [state["grad_avg"] for state in states],
+                [state["sqr_avg"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=device in FUSED_DEVICES,
+                amsgrad=False,
+                beta1=mom,
+                beta2=sqr_mom,
+                lr=lr,
+                weight_decay=decay,
+                eps=eps,
+                maximize=False,
+            )
 
     def zero_grad(self):
         """Drop the gradients, which saves filling them with zeros."""
         for parameter, *_ in self.all_params(with_grad=True):
             parameter.grad = None
-
-
-def _update(pairs, fused: bool, lr, mom, sqr_mom, eps, decay) -> None:
-    states = [state for _, state in pairs]
-    adamw(
-        [parameter for parameter, _ in pairs],
-        [_laid_out_as(parameter, parameter.grad) for parameter, _ in pairs],
-        [state["grad_avg"] for state in states],
-        [state["sqr_avg"] for state in states],
-        [],
-        [state["step"] for state in states],
-        fused=fused,
-        amsgrad=False,
-        beta1=mom,
-        beta2=sqr_mom,
-        lr=lr,
-        weight_decay=decay,
-        eps=eps,
-        maximize=False,
-    )
 
 
 def _laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
