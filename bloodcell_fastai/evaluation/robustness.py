@@ -131,7 +131,7 @@ def measure_robustness(
         reader = ImageReader(predictor.size, predictor.crop, change=change)
         predicted = predictor.predict_all(images.path, reader).table.predicted
         correct = predicted.to_numpy() == images.label.to_numpy()
-        score = float(correct.mean()), *proportion_ci(correct, photos)
+        score = float(correct.mean()), *(proportion_ci(correct, photos) or [])
         rows.append((kind, strength, setting, unit, len(images), photos.nunique(), *score))
     progress("Robustness", len(tasks), len(tasks))
     columns = ["kind", "strength", "setting", "unit", *NUMBERS[2:], *FRACTIONS[:3]]
