@@ -136,7 +136,7 @@ DATA_ERRORS = [
         "data --data x",
         lambda: (images("x/A", "x/B"), text("x/A/9.png", "no")),
         "1 of 9 images cannot be read, such as .*/x/A/9.png",
-        "Download or copy",
+        "Copy damaged files again",
         1,
     ),
     (
@@ -184,7 +184,7 @@ DATA_ERRORS = [
     ),
     (
         f"fit --data x --dry-run {SMALL}",
-        lambda: (images("x/A", "x/B"), text("x/photos.csv", "path,photo\n1,a\n1,b\n")),
+        lambda: (images("x/A", "x/B"), text("x/photos.csv", "path,photo\nA/1.png,a\nA/1.png,b\n")),
         "photos.csv holds a path twice",
         "bloodcell audit",
         1,
@@ -449,7 +449,13 @@ RUN_ERRORS = [
         "bloodcell fit",
         1,
     ),
-    ("interpret", lambda: (RUN / "split.csv").unlink(), "split.csv is missing", "bloodcell fit", 1),
+    (
+        "interpret mine",
+        lambda: (RUN / "split.csv").unlink(),
+        "split.csv is missing",
+        "bloodcell fit",
+        1,
+    ),
     (
         "interpret",
         lambda: text(f"{RUN}/split.csv", "path\n1\n"),

@@ -503,8 +503,8 @@ def test_memory_the_system_does_not_give(warm, photos, tmp_path):
     fault = ["after_epoch", 1, "memory", 2**24]
     process = warm.run(tmp_path, *fit(photos, 2, "--size", 256, "--batch-size", 38), faults=[fault])
     assert process.code == 1, process.output
-    assert "No memory left for 38 images of 256 px at once, in epoch 2" in process.error[0]
-    assert "--batch-size 19" in process.error[1]
+    assert "No memory left for 24 images of 256 px at once, in epoch 2" in process.error[0]
+    assert "--batch-size 12" in process.error[1]
     assert epochs_kept(tmp_path) == 1
 
 

@@ -48,6 +48,7 @@ def cross_validate(
         ...     data="demo", arch="resnet18", weights="none", size=32, epochs=1, folds=2
         ... )
         >>> run = cross_validate(config, name="folds")  # doctest: +ELLIPSIS
+        Left out of all folds: ... images of the data's own test folder. ...
         Fold 1 of 2
         ...
         >>> sorted(run.table.fold.unique())
@@ -59,8 +60,8 @@ def cross_validate(
     resolved, table = prepare(config, reporter)
     if (test := held_out(table)).any():
         reporter.say(
-            f"{test.sum():,} images of the data's own test folder take part in no fold. Score "
-            "them at the end with: bloodcell interpret RUN/fold-1 --data DATA --subset TEST"
+            f"Left out of all folds: {test.sum():,} images of the data's own test folder. Score "
+            "them at the end: bloodcell interpret RUN/fold-1 --data DATA --subset TEST"
         )
         table = table[~test].reset_index(drop=True)
     tables = split_folds(table, config.folds, config.seed)

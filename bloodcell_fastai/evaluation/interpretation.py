@@ -380,8 +380,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Metrics(BaseModel):
     """What others rely on in ``metrics.json``; the rest is kept as it is."""
 
-    weights: str
     classes: list[str] = Field(min_length=1)
+    weights: str
     leakage: Fraction | None
     temperature: Annotated[float, Field(gt=0)] | None
     n_images: int = Field(ge=1)

@@ -80,7 +80,9 @@ def _write_run(run: Run, bundle: Run, state: Mapping[str, torch.Tensor]) -> None
     for name in RESULTS:
         if (run.path / name).is_file():
             values = read_json(run.path / name)
-            run.require_weights(values.get("weights", ""), run.path / name, "Interpret the run again.")
+            run.require_weights(
+                values.get("weights", ""), run.path / name, "Interpret the run again."
+            )
             write_json(bundle.path / name, values | {"weights": bundle.weights_hash})
     bundle.finish()
     data, table = run.root.name, run.relative(run.table)  # names without their folders
