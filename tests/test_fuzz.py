@@ -216,7 +216,7 @@ def test_checkpoint(folder, content):
     [
         ("split.csv", SPLIT, lambda run: run.table),
         ("history.csv", HISTORY, lambda run: run.history),
-        ("photos.csv", PHOTOS, lambda run: with_photos(TABLE, run.path)),
+        ("photos.csv", PHOTOS, lambda run: with_photos(TABLE, run.path)[0]),
         ("known.csv", KNOWN, lambda run: known_photos([__file__], run.path / "known.csv")),
         ("known.csv.xz", KNOWN, lambda run: known_photos([__file__], run.path / "known.csv.xz")),
     ],
