@@ -247,14 +247,14 @@ def _read_photos(listed: Path, paths: Sequence[str]) -> tuple[dict[str, str], li
     line_of: dict[str, str] = {}
     photo_of, unmatched = {}, []
     for line, photo in zip(table["path"], table["photo"].str.strip(), strict=True):
-        if (path := _listed_image(line, listed.parent, images, by_name)) is None:
+        path = _listed_image(line, listed.parent, images, by_name)
+        if first := line_of.get(path or line):
+            raise DataError(f"{listed} holds a path twice: {first!r} and {line!r}.", hint)
+        line_of[path or line] = line
+        if path is None:
             unmatched.append(line)
-        elif path in line_of:
-            raise DataError(f"{listed} holds a path twice: {line_of[path]!r} and {line!r}.", hint)
-        else:
-            line_of[path] = line
-            if photo:
-                photo_of[path] = photo
+        elif photo:
+            photo_of[path] = photo
     return photo_of, unmatched
 
 
