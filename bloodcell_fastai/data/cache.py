@@ -125,7 +125,8 @@ class ImageReader:
         """A reader of ``paths`` with the cache of just these files, if there is one.
 
         With ``build`` the cache is made, by one process at a time. Where the disk has no room for
-        it, or its folder cannot be written to, a :class:`CacheWarning` says so.
+        it, or its folder cannot be written to, a warning says so:
+        :class:`~bloodcell_fastai.errors.CacheWarning`.
 
         Raises:
             BloodcellError: an image cannot be read (with ``build``).
