@@ -1,6 +1,7 @@
 """Checkpoints, from which training continues: written, read and validated."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -79,14 +80,11 @@ class Checkpoint(BaseModel):
         learn.create_opt()
         state: list[dict] = [dict(entry) for entry in self.optimizer.state]
         for key, value in self._tensors.items():
-            kind, _, rest = key.partition(".")
-            index, _, name = rest.partition(".")
-            if kind != "opt":
-                continue
-            is_state = index.isascii() and index.isdigit() and name and len(index) < 9
-            if not (is_state and int(index) < len(state)):
-                raise _unusable(self._path, f"{key[:40]} belongs to no parameter")
-            state[int(index)][name] = value
+            if key.startswith("opt."):
+                found = re.fullmatch(r"opt\.([0-9]{1,8})\.(.+)", key)
+                if not found or int(found[1]) >= len(state):
+                    raise _unusable(self._path, f"{key[:40]} belongs to no parameter")
+                state[int(found[1])][found[2]] = value
         self._check(learn.opt, state)
         learn.opt.load_state_dict({"state": state, "hypers": self.optimizer.hypers})
 

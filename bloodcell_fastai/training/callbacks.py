@@ -295,10 +295,7 @@ class RichProgress(Callback):
 class TimeBatches(Callback):
     """Time the first training batches of a fit, then cancel it."""
 
-    order = SaveLast.order
-
-    def __init__(self, n: int = 4):
-        self.n = n
+    order, n = SaveLast.order, 4
 
     @property
     def seconds(self) -> float:
