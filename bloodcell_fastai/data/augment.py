@@ -29,8 +29,9 @@ def augmentation(
 ) -> list:
     """Transforms of whole batches that make images of cells vary as laboratories do.
 
-    Position, perspective and light are fastai's ``aug_transforms``; cells have no preferred
-    orientation. Stain, sharpness and noise are further transforms.
+    Position, perspective and light are fastai's ``aug_transforms``, whose ``Brightness`` changes
+    the contrast too; cells have no preferred orientation. Stain, sharpness and noise are further
+    transforms.
 
     Args:
         flip: flip both ways and turn by right angles, each with half the images.
@@ -49,7 +50,7 @@ def augmentation(
     Examples:
         >>> from bloodcell_fastai import augmentation
         >>> [type(transform).__name__ for transform in augmentation(stain=0)]
-        ['Projective', 'LightingTfm', 'Sharpness', 'Noise']
+        ['Projective', 'Brightness', 'Sharpness', 'Noise']
 
         It goes into :func:`~bloodcell_fastai.blood_dls` as ``batch_tfms``.
     """
