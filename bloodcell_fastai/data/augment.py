@@ -196,8 +196,8 @@ def resample(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     n, _, height, width = images.shape
     unchanged = torch.eye(2, 3, device=images.device)[None]
     places = functional.affine_grid(unchanged, [1, 1, height, width], align_corners=True)
-    turned = places.view(-1, 2) @ matrices[..., :2].transpose(1, 2) + matrices[:, None, :, 2]
-    grid = (turned[..., :2] / turned[..., 2:]).view(n, height, width, 2)
+    seen = functional.pad(places.view(-1, 2), (0, 1), value=1.0) @ matrices.transpose(1, 2)
+    grid = (seen[..., :2] / seen[..., 2:]).view(n, height, width, 2)
     return functional.grid_sample(
         images, grid, mode="bilinear", padding_mode="reflection", align_corners=True
     )
