@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from bloodcell_fastai import Config, open_dataset, split_table, train
 from bloodcell_fastai.data.duplicates import with_photos
+from bloodcell_fastai.evaluation.metrics import Evaluation, labelled_predictions
 from bloodcell_fastai.reporter import SilentReporter
 
 CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")
@@ -54,6 +56,18 @@ def measure(name: str, step):
     return result
 
 
+def guesses(table) -> Evaluation:
+    """Random predictions for an image table, as a model's would be."""
+    classes = tuple(sorted(set(table.label)))
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(len(classes)), len(table))
+    predicted = pd.DataFrame(probabilities, columns=[f"p_{name}" for name in classes])
+    predicted.insert(0, "path", table.path)
+    predicted.insert(1, "predicted", np.array(classes)[probabilities.argmax(axis=1)])
+    predicted.insert(2, "confidence", probabilities.max(axis=1))
+    predicted.insert(3, "flag", "")
+    return Evaluation(labelled_predictions(table, predicted), classes)
+
+
 def run(folder: Path, n: int) -> None:
     """All steps on ``n`` images under ``folder``."""
     print("| step | seconds | peak memory, MB |\n|---|---:|---:|")
@@ -67,6 +81,8 @@ def run(folder: Path, n: int) -> None:
     measure("split by photograph, none known", lambda: split_table(table))
     grouped = table.assign(photo=(table.index // 10).astype(str))
     measure(f"split by photograph, {n // 10:,} known", lambda: split_table(grouped))
+    evaluation = guesses(grouped)
+    measure("metrics of a prediction for every image", lambda: evaluation.metrics)
     config = Config(data=str(root), arch="resnet18", weights="none", size=64, epochs=1)
     measure(
         "fit --dry-run, all of it",
