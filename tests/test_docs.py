@@ -155,6 +155,25 @@ def test_python_runs_as_it_is_written(page, folder, monkeypatch):
     plt.close("all")
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_one_after_the_other(bloodcell, tmp_path):
+    """As they are written, on a zip of the demo, with a network that takes seconds."""
+    demo = make_demo(tmp_path / "demo", photos_per_class=8, copies=3)
+    shutil.make_archive(tmp_path / "blood-cells", "zip", demo)
+    shutil.copytree(next(demo.rglob("TEST")) / "MONOCYTE", tmp_path / "cells")
+    shutil.rmtree(demo)
+    done = []
+    for _, name, *words in (c for c in commands(ROOT / "README.md") if c[0] == "bloodcell"):
+        if name == "serve" or words == ["--epochs", "20"]:  # which go on for ever, or download
+            continue
+        smaller = ["--arch", "test_resnet", "--weights", "none", "--size", 32]
+        result = bloodcell(name, *words, *(smaller if name == "fit" else []))
+        assert result.returncode == 0, result.stderr
+        done.append(name)
+    assert done == ["data", "audit", "fit", "interpret", "predict", "export"]
+    assert (tmp_path / "predictions.csv").is_file()
+
+
 def test_the_readme_and_the_api_show_commands():
     """Otherwise the tests above would check nothing."""
     shown = [command for page in PAGES for command in commands(page)]

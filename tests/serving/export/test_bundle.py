@@ -117,6 +117,19 @@ def test_an_earlier_bundle_is_replaced(trained, run, tmp_path):
     assert Run(folder).finished
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_card_run(bundled, trained, bloodcell, tmp_path):
+    shutil.copytree(bundled / "pbc", tmp_path / "FOLDER")
+    card = (tmp_path / "FOLDER" / "README.md").read_text()
+    commands = re.findall(r"^    bloodcell (predict|fit) (.+)$", card, re.MULTILINE)[:2]
+    assert [name for name, _ in commands] == ["predict", "fit"]
+    shutil.copytree(trained.root, tmp_path / "IMAGES")
+    for name, words in commands:
+        more = ["--size", 64, "--epochs", 1] if name == "fit" else []
+        result = bloodcell(name, *words.split(), *more)
+        assert result.returncode == 0, result.stderr
+
+
 def test_weights_that_half_precision_spoils_are_not_kept(run, tmp_path, monkeypatch):
     def coarse(state):
         return {k: v.half().float().mul(8).round().div(8).to(v.dtype) for k, v in state.items()}
