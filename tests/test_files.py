@@ -122,7 +122,7 @@ def test_who_may_write_to_a_folder_may_lock_it(tmp_path, umask, folder, lock):
     (tmp_path / "shared").chmod(folder)
     with sole_writer(tmp_path / "shared"):
         pass
-    assert stat.S_IMODE((tmp_path / "shared" / ".lock").stat().st_mode) == lock
+    assert stat.S_IMODE((tmp_path / "shared" / LOCK).stat().st_mode) == lock
 
 
 def test_the_umask_holds_and_is_not_touched(tmp_path, umask, monkeypatch):
