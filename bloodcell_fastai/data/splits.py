@@ -96,7 +96,7 @@ def leakage(table: pd.DataFrame) -> float | None:
         table: image table with ``photo`` and ``part``.
 
     Returns:
-        0 to 1; None where no photograph is known. Images whose photograph is not known count as
+        0 to 1; None where no photograph of the two parts is known. Images whose photograph is not known count as
         photographs of their own: with :func:`count_known` below the number of images the result
         is a lower bound.
 
@@ -108,6 +108,7 @@ def leakage(table: pd.DataFrame) -> float | None:
         >>> leakage(split_table(table, "photo"))
         0.0
     """
+    table = table[table.part.isin(["train", "valid"])]
     if not count_known(table):
         return None
     groups = photo_groups(table)

@@ -125,6 +125,11 @@ def test_leakage_is_unknown_without_photographs():
     assert describe_leakage(None, 0, len(table)).startswith("unknown")
 
 
+def test_photographs_of_the_test_set_alone_say_nothing_of_leakage():
+    table = with_test().assign(photo=lambda t: t.photo.where(t.subset == "test", ""))
+    assert leakage(split_table(table, "photo")) is None
+
+
 def test_an_image_without_a_photograph_is_independent_of_all_others():
     table = make_table([("A", "", "x"), ("A", "", "x"), ("A", "", ""), ("B", "", "")])
     assert photo_groups(table).tolist() == ["x", "x", "/2.jpg", "/3.jpg"]
