@@ -185,12 +185,14 @@ def predict(
         BloodcellError: there is no readable image, or ``out`` cannot be written.
     """
     paths = list(dict.fromkeys(paths))  # a pattern may name a folder and what it holds
+    file = agree(lambda: _begin(out, predictor.columns, resume)) if out else None
+    left = [path for path in paths if path not in file.done] if file else paths
     if world_size() == 1:
-        file = PredictionFile(out, predictor.columns, resume) if out else None
-        left = [path for path in paths if path not in file.done] if file else paths
         outcome = _predict(predictor, left, file, progress)
+    elif file:
+        outcome = _predict_shards(predictor, left, file, progress)
     else:
-        left, outcome = _predict_shards(predictor, paths, out, resume, progress)
+        raise UsageError("Several processes need a file to write.", "Give `out`.")
     outcome.already_done = len(paths) - len(left)
     if not outcome.n_images and not outcome.already_done:
         raise DataError("There is no readable image.", "Give image files or folders.")
@@ -213,41 +215,38 @@ def _predict(
 
 
 def _predict_shards(
-    predictor: Predictor, paths: list[str], out: Path | None, resume: bool, progress: Progress
-) -> tuple[list[str], Outcome]:
-    """Predict in all processes: the images that were not in ``out``, and what came of them."""
+    predictor: Predictor, paths: list[str], file: PredictionFile, progress: Progress
+) -> Outcome:
+    """Predict in all processes, each into a file of its own, which the first one joins."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    if out is None:
-        raise UsageError("Several processes need a file to write.", "Give `out`.")
-    left = agree(lambda: _begin_shards(out, predictor.columns, resume, paths))
-    shard = out.with_name(f"{out.stem}.part-{rank() + 1:04}-of-{world_size():04}{out.suffix}")
+    name = f"{file.path.stem}.part-{rank() + 1:04}-of-{world_size():04}{file.path.suffix}"
     with (
         lost_peers_explained("Start the same command again with `resume`."),
-        PartialState().split_between_processes(left) as own,
+        PartialState().split_between_processes(paths) as own,
     ):
-        file = PredictionFile(shard, predictor.columns)
-        outcomes = gather_object([_predict(predictor, own, file, progress)])
+        shard = PredictionFile(file.path.with_name(name), predictor.columns)
+        outcomes = gather_object([_predict(predictor, own, shard, progress)])
         if rank() == 0:
-            PredictionFile(out, predictor.columns, resume=True).join(_shards(out))
+            file.join(_shards(file.path))
         wait_for_all()
     total = Outcome()
     for outcome in outcomes:
         total.classes += outcome.classes
         total.flags += outcome.flags
         total.unreadable |= outcome.unreadable
-    return left, total
+    return total
 
 
-def _begin_shards(out: Path, columns: Sequence[str], resume: bool, paths: list[str]) -> list[str]:
-    """Make ``out``, or continue it with the shards that were left; the paths that are not in it."""
+def _begin(out: Path, columns: Sequence[str], resume: bool) -> PredictionFile:
+    """Make ``out``, or continue it with the shards that were left."""
     file = PredictionFile(out, columns, resume)
     if resume:
         file.join(_shards(out))
     for shard in _shards(out):
         shard.unlink()
-    return [path for path in paths if path not in file.done]
+    return file
 
 
 def _shards(out: Path) -> list[Path]:
