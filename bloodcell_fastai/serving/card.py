@@ -11,7 +11,7 @@ from ..data.splits import count_known, describe_leakage, leakage, photo_groups
 from ..errors import printable
 from ..evaluation.interpretation import read_metrics
 from ..evaluation.report import reproduce_command
-from ..model.pretrained import PRETRAINED, Source, pretrained_source
+from ..model.pretrained import PRETRAINED, pretrained_source
 from ..model.runs import Run
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -46,8 +46,32 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
     n_known = count_known(table)
     source = pretrained_source(run.path)
     name = repo_id.split("/")[1] if repo_id else run.name
+    initial = _imagenet_weights(config)
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="imagefolder",
+            dataset_name=f"{Path(config.data).name}, split {config.split}",
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=title,
+            metric_value=round(metrics[key], 4),
+        )
+        for key, title in headlines.items()
+        if metrics
+    ]
+    data = ModelCardData(
+        library_name="bloodcell-fastai" if format == "bundle" else format,
+        # Of other weights it is for whoever publishes them to say.
+        license=source.licence if source else None,
+        pipeline_tag="image-classification",
+        tags=["image-classification", "medical", "blood-cells", "bloodcell-fastai"],
+        base_model=initial.hf_hub_id if initial else None,
+        eval_results=results or None,
+        model_name=name if results else None,
+    )
     card = ModelCard.from_template(
-        _metadata(config, metrics, headlines, format, name, source),
+        data,
         template_path=str(TEMPLATE),
         name=name,
         config=config,
@@ -67,41 +91,6 @@ def model_card(run: Run, format: str, repo_id: str | None = None) -> str:
         epochs=len(run.history),
     )
     return f"{card}\n"
-
-
-def _metadata(
-    config: ResolvedConfig,
-    metrics: dict,
-    headlines: dict[str, str],
-    format: str,
-    name: str,
-    source: Source | None,
-) -> ModelCardData:
-    """The YAML block. It names a licence only for pretrained models that ship with the package:
-    for others that is for whoever publishes the weights to say."""
-    initial = _imagenet_weights(config)
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type="imagefolder",
-            dataset_name=f"{Path(config.data).name}, split {config.split}",
-            dataset_split="validation",
-            metric_type="accuracy",
-            metric_name=title,
-            metric_value=round(metrics[key], 4),
-        )
-        for key, title in headlines.items()
-        if metrics
-    ]
-    return ModelCardData(
-        library_name="bloodcell-fastai" if format == "bundle" else format,
-        license=source.licence if source else None,
-        pipeline_tag="image-classification",
-        tags=["image-classification", "medical", "blood-cells", "bloodcell-fastai"],
-        base_model=initial.hf_hub_id if initial else None,
-        eval_results=results or None,
-        model_name=name if results else None,
-    )
 
 
 def _in_table(name: str) -> str:

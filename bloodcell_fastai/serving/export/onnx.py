@@ -25,7 +25,6 @@ from .common import largest_difference, probabilities, timm_copy, validation_pic
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the first whose Resize knows antialiasing
 CHECKED_IMAGES = 32
 MAX_DIFFERENCE = 1e-4  # of a probability, from PyTorch, for the same pixels in float32
@@ -50,7 +49,7 @@ def write(run: Run, folder: Path, reporter: Reporter) -> list[str]:
             validation images are gone.
     """
     try:
-        for package in PACKAGES:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
             import_module(package)
     except ImportError:
         raise BloodcellError(
@@ -125,7 +124,21 @@ def write_graph(run: Run, predictor: Predictor, path: Path) -> None:
     assert program is not None  # as dynamo makes it
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, which name folders of this machine
-    program.model.metadata_props.update(_graph_metadata(run, predictor))
+    config, prepared = run.config, predictor.model.pretrained_cfg
+    program.model.metadata_props.update(
+        classes=json.dumps(config.classes),
+        preprocessing=PREPROCESSING.format(
+            part=PARTS[config.crop], size=size, classes=len(config.classes)
+        ),
+        size=str(size),
+        mean=json.dumps(prepared["mean"]),
+        std=json.dumps(prepared["std"]),
+        temperature=str(predictor.temperature),
+        architecture=config.arch,
+        run=run.name,
+        warnings=json.dumps(config.warnings),
+        made_by=f"bloodcell-fastai {__version__}",
+    )
     program.save(path)
 
 
@@ -173,24 +186,6 @@ def images_per_second(predict: Callable[[], object], images: int) -> float:
     predict()
     calls, seconds = Timer(predict).autorange()
     return calls * images / seconds
-
-
-def _graph_metadata(run: Run, predictor: Predictor) -> dict[str, str]:
-    config, prepared = run.config, predictor.model.pretrained_cfg
-    return {
-        "classes": json.dumps(config.classes),
-        "preprocessing": PREPROCESSING.format(
-            part=PARTS[config.crop], size=config.size, classes=len(config.classes)
-        ),
-        "size": str(config.size),
-        "mean": json.dumps(prepared["mean"]),
-        "std": json.dumps(prepared["std"]),
-        "temperature": str(predictor.temperature),
-        "architecture": config.arch,
-        "run": run.name,
-        "warnings": json.dumps(config.warnings),
-        "made_by": f"bloodcell-fastai {__version__}",
-    }
 
 
 def _run(session: "InferenceSession", images: np.ndarray) -> np.ndarray:

@@ -6,10 +6,8 @@ from tempfile import TemporaryDirectory
 
 from timm.models import save_for_hf
 
-from ...config import ResolvedConfig
 from ...files import atomic_path
 from ...model.inference import Predictor
-from ...model.model import TimmModel
 from ...model.runs import Run
 from ...reporter import Reporter
 from .common import divide_by_temperature, timm_copy
@@ -31,7 +29,15 @@ def write(run: Run, folder: Path, reporter: Reporter) -> list[str]:
     predictor = Predictor.load(run, device="cpu")
     model, size_arguments = timm_copy(predictor)
     divide_by_temperature(model, predictor.calibration)
-    model.pretrained_cfg = data_config(model, config)
+    # What describes the initial weights (address, tag, licence, test size) is left out.
+    kept = {name: model.pretrained_cfg[name] for name in KEPT if name in model.pretrained_cfg}
+    model.pretrained_cfg = kept | {
+        "input_size": (3, config.size, config.size),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "num_classes": len(config.classes),
+    }
     with TemporaryDirectory() as temporary:
         save_for_hf(
             model,
@@ -44,17 +50,3 @@ def write(run: Run, folder: Path, reporter: Reporter) -> list[str]:
             with atomic_path(folder / name) as target:
                 shutil.copyfile(Path(temporary, name), target)
     return FILES
-
-
-def data_config(model: TimmModel, config: ResolvedConfig) -> dict:
-    """timm's ``pretrained_cfg`` for a run's model: how images are prepared, which layer classifies.
-
-    What describes the initial weights (address, tag, licence, test size) is left out.
-    """
-    return {name: model.pretrained_cfg[name] for name in KEPT if name in model.pretrained_cfg} | {
-        "input_size": (3, config.size, config.size),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "num_classes": len(config.classes),
-    }
