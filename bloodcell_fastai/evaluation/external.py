@@ -178,58 +178,44 @@ def seen_in_training(table: pd.DataFrame, digests: pd.Series, training: Sequence
 
 
 def external_metrics(external: External, distance: np.ndarray, unlike: np.ndarray) -> dict:
-    """What ``metrics.json`` holds under ``external``: what became of the images, in numbers, the
-    classes (:func:`count_classes`) and :func:`unlike_training`.
+    """What ``metrics.json`` holds under ``external``: what became of the images, and how well the
+    distance to the training images detects classes the model does not know.
 
     Args:
         external: the data set.
         distance: float (images of its table,), from the training images.
         unlike: bool, whether it is beyond the run's threshold.
-    """
-    counts = ("excluded", "too_broad", "validated", "unchecked")
-    return (
-        {name: getattr(external, name) for name in counts}
-        | {
-            "missing": list(external.match.missing),
-            "classes": count_classes(external, unlike),
-        }
-        | unlike_training(external, distance, unlike)
-    )
-
-
-def unlike_training(external: External, distance: np.ndarray, unlike: np.ndarray) -> dict:
-    """How well the distance to the training images detects classes the model does not know.
 
     Returns:
+        ``excluded``, ``too_broad``, ``validated`` and ``unchecked``, numbers of images as in
+        :class:`External`, and ``missing``, the classes of the model that the data set lacks.
+        ``classes``: for each class of the data its name there, ``theirs``, the model's ``label``
+        (None: it has none), how many ``images`` and ``photos``, and the fraction ``flagged`` as
+        unlike training; the classes that are scored come first.
         ``n_unknown``; ``flagged_known`` and ``flagged_unknown``, fractions of the images flagged;
         ``auroc``, how often an image of an unknown class is further away than one of a known class;
         each with its 95 % interval. None where there are no images of one kind.
     """
-    unknown, photos = ~external.known, photo_groups(external.table)
-    result: dict = {"n_unknown": int(unknown.sum())}
-    for name, rows in {"flagged_known": ~unknown, "flagged_unknown": unknown}.items():
+    match, known, photos = external.match, external.known, photo_groups(external.table)
+    table = external.table.assign(photo=photos, flagged=unlike)
+    by_class = table.groupby("theirs").agg(
+        images=("path", "size"), photos=("photo", "nunique"), flagged=("flagged", "mean")
+    )
+    classes = [
+        {"theirs": theirs, "label": match.mapped.get(theirs), **row}
+        for theirs, row in by_class.to_dict("index").items()
+    ]
+    counts = ("excluded", "too_broad", "validated", "unchecked", "n_unknown")
+    result = {name: getattr(external, name) for name in counts}
+    result |= {
+        "missing": list(match.missing),
+        "classes": sorted(classes, key=lambda row: row["label"] is None),
+    }
+    for name, rows in {"flagged_known": known, "flagged_unknown": ~known}.items():
         result[name] = float(unlike[rows].mean()) if rows.any() else None
         result[f"{name}_ci95"] = proportion_ci(unlike[rows], photos[rows])
-    area, bounds = auroc_ci(distance, unknown, photos)
-    return result | {"auroc": area, "auroc_ci95": bounds}
-
-
-def count_classes(external: External, flagged: np.ndarray) -> list[dict]:
-    """For each class of the data its name there, ``theirs``, the model's ``label`` (None: it has
-    none), how many ``images`` and ``photos``, and the fraction ``flagged`` as unlike training; the
-    classes that are scored come first."""
-    table, mapped = external.table.assign(flagged=flagged), external.match.mapped
-    rows = [
-        {
-            "theirs": theirs,
-            "label": mapped.get(theirs),
-            "images": len(images),
-            "photos": int(photo_groups(images).nunique()),
-            "flagged": float(images.flagged.mean()),
-        }
-        for theirs, images in table.groupby("theirs")
-    ]
-    return sorted(rows, key=lambda row: row["label"] is None)
+    result["auroc"], result["auroc_ci95"] = auroc_ci(distance, ~known, photos)
+    return result
 
 
 def describe_external(external: External) -> list[str]:
