@@ -1,5 +1,6 @@
 """Metrics of predictions for labelled images, with intervals that count photographs."""
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +22,7 @@ NEXT_TO = 1e-9  # so far from an area of 0 or 1, which would be a root of its ow
 CONFIDENCES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
+@dataclass(eq=False)
 class Evaluation:
     """Predictions for labelled images and the metrics computed from them.
 
@@ -32,15 +34,10 @@ class Evaluation:
             predictions are of several models.
     """
 
-    def __init__(
-        self,
-        predictions: pd.DataFrame,
-        classes: tuple[str, ...],
-        leakage: float | None = None,
-        temperature: float | None = 1.0,
-    ):
-        self.predictions, self.classes, self.leakage = predictions, tuple(classes), leakage
-        self.temperature = temperature
+    predictions: pd.DataFrame
+    classes: tuple[str, ...]
+    leakage: float | None = None
+    temperature: float | None = 1.0
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -154,15 +151,13 @@ def class_metrics(evaluation: Evaluation) -> dict[str, dict]:
     beside them, as ``recall_ci95``.
     """
     table, classes = evaluation.predictions, evaluation.classes
-    photos, matrix = photo_groups(table), evaluation.confusion_matrix
+    photos = photo_groups(table)
     scores = precision_recall_fscore_support(
         table.label, table.predicted, labels=classes, zero_division=0
     )
     result = {}
     for index, name in enumerate(classes):
         precision, recall, f1, support = (column[index] for column in scores)
-        negatives = matrix.sum() - matrix[index].sum()
-        false_positives = matrix[:, index].sum() - matrix[index, index]
         actual = (table.label == name).to_numpy()
         found = (table.predicted == name).to_numpy()
         either, hit = actual | found, actual & found
@@ -176,7 +171,7 @@ def class_metrics(evaluation: Evaluation) -> dict[str, dict]:
             "f1_ci95": _f1_ci(hit[either], photos[either]) if support else None,
             "support": int(support),
             "photos": int(photos[actual].nunique()),
-            "specificity": float(1 - false_positives / negatives) if negatives else None,
+            "specificity": None if actual.all() else float(1 - found[~actual].mean()),
             "specificity_ci95": proportion_ci(~found[~actual], photos[~actual]),
             "auroc": auroc,
             "auroc_ci95": auroc_bounds,
@@ -193,17 +188,19 @@ def coverage(evaluation: Evaluation) -> list[dict]:
         ``n_images`` of them, and their ``accuracy`` with ``accuracy_ci95``, None without images.
     """
     table = evaluation.predictions
-    rows = []
+    rows: list[dict] = []
     for threshold in CONFIDENCES:
         kept = table[table.confidence >= threshold]
         correct = (kept.label == kept.predicted).to_numpy()
-        row: dict = {"min_confidence": threshold, "coverage": len(kept) / len(table)}
-        row |= {
-            "n_images": len(kept),
-            "accuracy": float(correct.mean()) if len(kept) else None,
-            "accuracy_ci95": proportion_ci(correct, photo_groups(kept)),
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "min_confidence": threshold,
+                "coverage": len(kept) / len(table),
+                "n_images": len(kept),
+                "accuracy": float(correct.mean()) if len(kept) else None,
+                "accuracy_ci95": proportion_ci(correct, photo_groups(kept)),
+            }
+        )
     return rows
 
 
