@@ -33,7 +33,6 @@ from .reporter import Reporter, SilentReporter
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .model.runs import Run
     from .serving.predict import Outcome
 
 
@@ -206,9 +205,7 @@ def fit(
         elif config.folds:
             from .evaluation.cross_validation import cross_validate
 
-            run = cross_validate(config, runs, name, dry_run, reporter)
-            if not dry_run:
-                _print_results(run, reporter)
+            cross_validate(config, runs, name, dry_run, reporter)
         else:
             from .training.train import train
 
@@ -226,14 +223,7 @@ def _resume(name: str | None, runs: Path, config: Config, reporter: Reporter) ->
         return
     from .evaluation.cross_validation import resume_folds
 
-    run = Run(run.path, given.get("data") or None)
-    _print_results(resume_folds(run, reporter, **given), reporter)
-
-
-def _print_results(run: "Run", reporter: Reporter) -> None:
-    from .evaluation.interpretation import read_results, summarise
-
-    reporter.say(summarise(read_results(run), run.config))
+    resume_folds(Run(run.path, given.get("data") or None), reporter, **given)
 
 
 @contextlib.contextmanager
@@ -267,7 +257,6 @@ def interpret(
     """Evaluate a run on its validation images or on other data; write metrics and a report."""
     from .data.datasets import open_dataset
     from .evaluation.interpretation import interpret_external, interpret_run, summarise
-    from .evaluation.robustness import describe_robustness, read_robustness
     from .model.runs import Run
 
     if subset and not data:
@@ -285,8 +274,6 @@ def interpret(
         chosen = moved or chosen
         folder = chosen.path
         reporter.say(summarise(interpret_run(chosen, stress, reporter.progress), chosen.config))
-        if (measured := read_robustness(chosen)) is not None:
-            reporter.say(describe_robustness(measured))
     reporter.say(f"Written to {folder}: predictions.csv, metrics.json, report/index.html")
 
 
@@ -513,9 +500,9 @@ def _show_error(error: BloodcellError) -> int:
         if not speaks(error):
             return error.exit_code
     message, hint = (_one_line(_with_flags(text)) for text in (error.message, error.hint))
-    errors.print(Text(printable(f"Error: {message}"), style="bold red"))
+    errors.print(f"Error: {message}", style="bold red")
     if hint:
-        errors.print(Text(printable(f"Hint:  {hint}")))
+        errors.print(f"Hint:  {hint}")
     return error.exit_code
 
 

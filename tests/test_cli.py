@@ -481,7 +481,6 @@ def test_folds_are_resumed_as_folds(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_of(Path("runs"), tmp_path / "old", folds=2)
     noted = calls(cross_validation, "resume_folds", returns=Run("runs/mine"))
-    monkeypatch.setattr(cli, "_print_results", lambda run, reporter: None)
     assert CliRunner().invoke(cli.app, ["fit", "--resume", "--data", "new"]).exit_code == 0
     ((_, run, _, given),) = noted
     assert given == {"data": "new"}

@@ -19,7 +19,7 @@ import bloodcell_fastai
 from bloodcell_fastai import BloodcellError, Predictor, Run, export_run, interpret_run, open_dataset
 from bloodcell_fastai.data.cache import ImageReader, cache_file, decode
 from bloodcell_fastai.data.duplicates import known_photos
-from bloodcell_fastai.evaluation.interpretation import read_metrics, read_results
+from bloodcell_fastai.evaluation.interpretation import read_metrics
 from bloodcell_fastai.evaluation.robustness import read_robustness
 from bloodcell_fastai.model.model import load_model
 from bloodcell_fastai.reporter import SilentReporter
@@ -119,7 +119,6 @@ READERS = {
     "split.csv": interpret_run,
     "history.csv": lambda run: run.history,
     "robustness.csv": read_robustness,
-    "predictions.csv": read_results,
     "metrics.json": read_metrics,
     "last/checkpoint.safetensors": lambda run: resume(run.path.parent, run.name, SilentReporter()),
 }

@@ -8,12 +8,12 @@ import pandas as pd
 
 from ..config import Config, check_resumed
 from ..data.splits import held_out, split_folds
-from ..distributed import by_first, wait_for_all
+from ..distributed import by_first, rank, wait_for_all
 from ..errors import BloodcellError
 from ..model.runs import Run
 from ..reporter import Reporter
 from ..training.train import prepare, resume_run, train_table
-from .interpretation import interpret_run, read_results, write_results
+from .interpretation import interpret_run, summarise, write_results
 from .metrics import Evaluation
 
 
@@ -99,11 +99,10 @@ def resume_folds(parent: Run, reporter: Reporter | None = None, **changes: Any) 
                 f"Look at {parent.path / 'metrics.json'}.",
             )
         table = parent.table
-        parts = [
-            np.where(table.fold == str(number), "valid", "train")
-            for number in range(1, parent.config.folds + 1)
+        tables = [
+            table.drop(columns="fold").assign(part=np.where(table.fold == fold, "valid", "train"))
+            for fold in map(str, range(1, parent.config.folds + 1))
         ]
-        tables = [table.drop(columns="fold").assign(part=part) for part in parts]
         here = {name: changes[name] for name in ("device", "workers") if name in changes}
         _train_folds(parent, tables, False, reporter, **here)
     return parent
@@ -114,6 +113,7 @@ def _train_folds(
 ) -> None:
     """Train the folds that are not trained yet, ``here`` with other options of the machine, then
     pool their predictions."""
+    results: list[Evaluation] = []
     for number, split in enumerate(tables, start=1):
         wait_for_all()  # until the first process has written what the fold before is
         reporter.say(f"Fold {number} of {len(tables)}")
@@ -133,18 +133,20 @@ def _train_folds(
             parent.start(parent.asked, found, parent.table)
         if dry_run:
             return
-        by_first(interpret_run)(fold)
-    _pool(parent, [parent.fold(number) for number in range(1, len(tables) + 1)])
+        if rank() == 0:
+            results.append(interpret_run(fold))
+    _pool(parent, results, reporter)
     parent.finish()
     wait_for_all()
 
 
 @by_first
-def _pool(parent: Run, folds: list[Run]) -> None:
-    """Write the predictions of the folds, which :func:`interpret_run` made, as the parent's."""
-    results = [read_results(fold) for fold in folds]
+def _pool(parent: Run, results: list[Evaluation], reporter: Reporter) -> None:
+    """Write the predictions of the folds as the parent's and tell what came of them."""
     pooled = pd.concat([result.predictions for result in results], ignore_index=True)
     leakages = [result.leakage for result in results if result.leakage is not None]
-    leakage = sum(leakages) / len(results) if len(leakages) == len(results) else None
+    leakage = sum(leakages) / len(leakages) if leakages else None  # known of all folds or of none
     # Each fold has a temperature of its own.
-    write_results(parent, Evaluation(pooled, results[0].classes, leakage, temperature=None))
+    result = Evaluation(pooled, results[0].classes, leakage, temperature=None)
+    write_results(parent, result)
+    reporter.say(summarise(result, parent.config))

@@ -1,6 +1,5 @@
 """``bloodcell interpret`` and its notebook twin: what a model gets right, and what it does not."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import ClassificationInterpretation, Learner, TensorBase
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..config import ResolvedConfig
 from ..data.cache import ImageReader
@@ -16,9 +15,9 @@ from ..data.datasets import Dataset
 from ..data.loaders import check_labels, config_dls
 from ..data.splits import count_known, describe_leakage, leakage
 from ..errors import DataError, MissingFileError
-from ..files import read_model, read_table, write_json, write_table, write_text
+from ..files import read_model, write_json, write_table, write_text
 from ..model.inference import Predictor
-from ..model.runs import Run, relative_to
+from ..model.runs import Run
 from ..reporter import Progress, no_progress
 from ..training.calibrate import calibrate
 from ..training.learner import blood_learner
@@ -32,18 +31,14 @@ from .external import (
     open_test,
 )
 from .metrics import Evaluation, by_photo, labelled_predictions
-from .report import write_report
+from .report import portable, render_report
 from .robustness import (
+    describe_robustness,
     measure_robustness,
     read_robustness,
     robustness_images,
     robustness_metrics,
     write_robustness,
-)
-
-TEST_METRICS = (
-    *("n_images", "n_photos", "n_known", "accuracy", "accuracy_ci95"),
-    *("photo_accuracy", "photo_accuracy_ci95", "macro_f1", "balanced_accuracy", "ece"),
 )
 
 
@@ -118,8 +113,7 @@ class BloodInterpretation(ClassificationInterpretation):
 
     def __getitem__(self, idxs):
         """Inputs, predictions, targets, decoded predictions and losses at ``idxs``, as fastai's."""
-        idxs = idxs.tolist() if isinstance(idxs, torch.Tensor) else idxs
-        idxs = list(idxs) if isinstance(idxs, list | tuple | range) else [idxs]
+        idxs = np.atleast_1d(np.asarray(idxs, int))
         images = self.learn.dls.test_dl(self.dl.items.iloc[idxs], bs=max(len(idxs), 1))
         preds = self._preds[idxs]
         targets = torch.from_numpy(self.evaluation.labels[idxs])
@@ -238,12 +232,11 @@ def interpret_run(run: Run, stress: bool = False, progress: Progress = no_progre
     if predictor.calibration is None:
         run.save_calibration(*calibrate(predictor, table, reader, config.seed))
         predictor = Predictor.load(run)
-    found = predictor.predict_all(valid.path, reader)
     result = Evaluation(
-        labelled_predictions(valid, found.table),
+        labelled_predictions(valid, predictor.predict_all(valid.path, reader).table),
         config.classes,
         leakage(table),
-        predictor.calibration.temperature if predictor.calibration else None,
+        predictor.temperature,
     )
     if (table.part == "test").any():
         result.metrics["test"] = _score_test(run, predictor, reader)
@@ -261,9 +254,8 @@ def _score_test(run: Run, predictor: Predictor, reader: ImageReader) -> dict:
     except NothingToScore as error:
         return {"problem": error.message}
     metrics = _score(run, external, predictor, reader)[0].metrics
-    return {"subset": external.subset, "excluded": external.excluded} | {
-        name: metrics[name] for name in TEST_METRICS
-    }
+    names = ("subset", *Scores.model_fields, "macro_f1", "balanced_accuracy", "ece")
+    return {"excluded": external.excluded} | {name: metrics[name] for name in names}
 
 
 def interpret_external(
@@ -310,8 +302,8 @@ def _score(
         raise DataError(
             f"Run {run.name} is not calibrated.", f"Calibrate it: bloodcell interpret {run.name}"
         )
-    found = predictor.predict_all(external.table.path, reader)
-    everything = labelled_predictions(external.table, found.table)
+    predicted = predictor.predict_all(external.table.path, reader).table
+    everything = labelled_predictions(external.table, predicted)
     known, distance = external.known, everything.distance.to_numpy()
     unlike = distance > predictor.calibration.distance_threshold
     checked = not external.unchecked and count_known(external.table) > 0
@@ -326,10 +318,9 @@ def _score(
         subset=external.subset,
         external=external_metrics(external, distance, unlike),
     )
-    folder = run.results_on(external.root, external.subset)
+    folder = write_results(run, result, predictor, external)
     unknown = everything[~known].drop(columns="loss")
-    write_table(folder / "unknown.csv", _portable(unknown, run, external))
-    write_results(run, result, predictor, folder, external)
+    write_table(folder / "unknown.csv", portable(unknown, run, external))
     return result, folder
 
 
@@ -337,21 +328,19 @@ def write_results(
     run: Run,
     result: Evaluation,
     predictor: Predictor | None = None,
-    folder: Path | None = None,
     external: External | None = None,
-) -> None:
+) -> Path:
     """Write the files of :func:`interpret_run`; without a predictor the page has no heat maps.
 
-    They go into the run, or, of another data set, into a ``folder`` of its own.
+    They go into the folder that is returned: the run, or one of its own for another data set.
     """
-    folder = folder or run.path
+    folder = run.results_on(external.root, external.subset) if external else run.path
     report = folder / run.report.name
     robustness = None if external else read_robustness(run)
-    metrics = result.metrics | {"weights": run.weights_hash}
     if robustness is not None:
-        metrics["robustness"] = robustness_metrics(robustness)
-    write_table(folder / "predictions.csv", _portable(result.predictions, run, external))
-    write_json(folder / "metrics.json", metrics)
+        result.metrics["robustness"] = robustness_metrics(robustness)
+    write_table(folder / "predictions.csv", portable(result.predictions, run, external))
+    write_json(folder / "metrics.json", result.metrics | {"weights": run.weights_hash})
     write_text(report / "classification_report.txt", result.classification_report())
     pictures = {
         "confusion_matrix": figures.plot_confusion_matrix(result),
@@ -363,36 +352,34 @@ def write_results(
         pictures["robustness"] = figures.plot_robustness(robustness)
     for name, figure in pictures.items():
         figures.save_figure(figure, report / f"{name}.png")
-    write_report(run, result, predictor, report, external)
-
-
-def _portable(predictions: pd.DataFrame, run: Run, external: External | None) -> pd.DataFrame:
-    """Predictions with paths relative to the data that each is of."""
-    own = run.relative(predictions)
-    if external is None:
-        return own
-    return relative_to(predictions, external.root).assign(nearest=own.nearest)
+    write_text(report / "index.html", render_report(run, result, predictor, external))
+    return folder
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 
 
-class Metrics(BaseModel):
+class Scores(BaseModel):
+    """Scores of the model on its validation images."""
+
+    photo_accuracy: Fraction = Field(description="Fraction of the photographs it got right.")
+    photo_accuracy_ci95: Interval = Field(description="Its 95 % interval.")
+    accuracy: Fraction = Field(description="Fraction of the images it got right.")
+    accuracy_ci95: Interval = Field(description="Its 95 % interval.")
+    n_photos: int = Field(ge=1, description="An image of an unknown photograph counts as one.")
+    n_images: int = Field(ge=1)
+    n_known: int = Field(ge=0, description="Images whose photograph is known.")
+
+
+class Metrics(Scores):
     """What others rely on in ``metrics.json``; the rest is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
 
     classes: list[str] = Field(min_length=1)
     weights: str
     leakage: Fraction | None
-    temperature: Annotated[float, Field(gt=0)] | None
-    n_images: int = Field(ge=1)
-    n_photos: int = Field(ge=1)
-    n_known: int = Field(ge=0)
-    accuracy: Fraction
-    balanced_accuracy: Fraction
-    macro_f1: Fraction
-    photo_accuracy: Fraction
-    accuracy_ci95: tuple[Fraction, Fraction]
-    photo_accuracy_ci95: tuple[Fraction, Fraction]
 
 
 def read_metrics(run: Run) -> dict:
@@ -405,31 +392,9 @@ def read_metrics(run: Run) -> dict:
     path, hint = run.path / "metrics.json", f"Run: bloodcell interpret {run.name}"
     if not path.is_file():
         raise MissingFileError(f"Run {run.name} was not interpreted yet.", hint)
-    run.require_weights(read_model(path, Metrics, hint).weights, path, hint)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_results(run: Run) -> Evaluation:
-    """What :func:`write_results` wrote, without predicting again.
-
-    Raises:
-        BloodcellError: the run was not interpreted yet.
-    """
-    hint = f"Run: bloodcell interpret {run.name}"
-    metrics, path = read_metrics(run), run.path / "predictions.csv"
-    classes = metrics["classes"]
-    numbers = ["confidence", "loss", *(f"p_{name}" for name in classes)]
-    columns = ["path", "label", "predicted", "photo", "flag"]
-    predictions = run.absolute(read_table(path, columns, numbers, hint))
-    values = predictions[numbers].to_numpy(float)
-    if not len(values) or not np.isfinite(values).all():
-        raise DataError(f"{path} holds no predictions, or some that are no number.", hint)
-    if "distance" in predictions:
-        predictions["distance"] = pd.to_numeric(predictions["distance"], errors="coerce")
-    for column in ("label", "predicted"):
-        if unknown := set(predictions[column]) - set(classes):
-            raise DataError(f"{path}: {column} is {min(unknown)!r}, not a class.", hint)
-    return Evaluation(predictions, tuple(classes), metrics["leakage"], metrics["temperature"])
+    metrics = read_model(path, Metrics, hint)
+    run.require_weights(metrics.weights, path, hint)
+    return metrics.model_dump()
 
 
 def summarise(result: Evaluation, config: ResolvedConfig, external: External | None = None) -> str:
@@ -457,6 +422,7 @@ def summarise(result: Evaluation, config: ResolvedConfig, external: External | N
             + ", ".join(result.classes)
             + ")",
             *("  " + " ".join(f"{n:>6,}" for n in row) for row in result.confusion_matrix),
+            *([describe_robustness(metrics["robustness"])] if "robustness" in metrics else []),
         ]
     )
 

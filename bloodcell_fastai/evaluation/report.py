@@ -19,9 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from ..config import Config, ResolvedConfig, fit_command
+from ..data.cache import PictureBatch
 from ..data.images import open_image
 from ..data.splits import SPLIT_DESCRIPTIONS, count_known, describe_leakage, photo_groups
-from ..files import read_json, write_text
+from ..files import read_json
 from ..model.calibration import CALIBRATION_BINS
 from ..model.inference import Predictor
 from ..model.runs import Run, relative_to
@@ -36,29 +37,6 @@ DASH = "\N{EN DASH}"
 GALLERY = 8
 BARS = 4  # probabilities shown of an image
 PICTURE = 320  # longest side of an image in the page, in pixels
-Heat = tuple[np.ndarray, list[int]]
-"""A heat map, float32 (size, size), and the box of the image it is of; see :func:`overlay`."""
-
-
-def write_report(
-    run: Run,
-    result: Evaluation,
-    predictor: Predictor | None = None,
-    folder: Path | None = None,
-    external: External | None = None,
-) -> Path:
-    """Write the report of a run; return its path.
-
-    Args:
-        run: a trained run, or the parent of folds.
-        result: the evaluation on its validation images, or on ``external``.
-        predictor: the run's, for the heat maps of the gallery; None leaves them out.
-        folder: where to write it; the run's ``report/`` by default.
-        external: the other data set that ``result`` is of, if it is of one.
-    """
-    path = (folder or run.report) / "index.html"
-    write_text(path, render_report(run, result, predictor, external))
-    return path
 
 
 def render_report(
@@ -67,10 +45,16 @@ def render_report(
     predictor: Predictor | None = None,
     external: External | None = None,
 ) -> str:
-    """The report as HTML; see :func:`write_report`."""
+    """The report of a run as HTML.
+
+    Args:
+        run: a trained run, or the parent of folds.
+        result: the evaluation on its validation images, or on ``external``.
+        predictor: the run's, for the heat maps of the gallery; None leaves them out.
+        external: the other data set that ``result`` is of, if it is of one.
+    """
     config, table, history, metrics = run.config, run.table, run.history, result.metrics
-    worst = result.top_losses(GALLERY, one_per_photo=True)
-    heat, no_heat = _heat_maps(worst, predictor, config)
+    gallery, no_heat = _gallery(run, result, predictor, external)
     robustness = None if external else read_robustness(run)
     other = external and relative_to(external.table, external.root).assign(
         label=external.table.theirs, part=""
@@ -80,7 +64,7 @@ def render_report(
         written=date.today(),
         config=config,
         source=Path(config.data).name or "not recorded",
-        split=_describe_split(config),
+        split=SPLIT_DESCRIPTIONS[config.split],
         warnings=all_warnings(config),
         external=external,
         facts=describe_external(external) if external else [],
@@ -100,7 +84,7 @@ def render_report(
         reliability=_figure(figures.plot_reliability(result)),
         coverage=_figure(figures.plot_coverage(result)),
         robustness=None if robustness is None else _describe_robustness(robustness),
-        gallery=_gallery(worst, run, table, result.classes, heat, external),
+        gallery=gallery,
         no_heat=no_heat,
         calibration=None if config.folds else run.calibration,
         command=reproduce_command(run),
@@ -183,16 +167,12 @@ def count_images(table: pd.DataFrame) -> list[dict]:
         photograph is known).
     """
     parts = [part for part in ("train", "valid", "test") if (table.part == part).any()] or [""]
-    groups = photo_groups(table) if count_known(table) else None
-
-    def count(chosen: pd.Series) -> list[tuple[int, int | None]]:
-        rows = [chosen & (table.part == part) for part in parts]
-        return [(int(r.sum()), None if groups is None else groups[r].nunique()) for r in rows]
-
-    labels = sorted(set(table.label))
-    return [{"label": label, "counts": count(table.label == label)} for label in labels] + [
-        {"label": "All classes", "counts": count(table.label == table.label)}
-    ]
+    known, rows = count_known(table), []
+    for label, images in [*table.groupby("label"), ("All classes", table)]:
+        photos = [photo_groups(images[images.part == part]) for part in parts]
+        counts = [(len(each), each.nunique() if known else None) for each in photos]
+        rows.append({"label": label, "counts": counts})
+    return rows
 
 
 def summarise_history(history: pd.DataFrame) -> dict | None:
@@ -214,12 +194,6 @@ def all_warnings(config: ResolvedConfig) -> tuple[str, ...]:
     if config.initial_weights != "none" or warned:
         return config.warnings
     return (*config.warnings, "RANDOM WEIGHTS: the model did not start from pretrained weights.")
-
-
-def _describe_split(config: ResolvedConfig) -> str:
-    if config.folds:
-        return f"{config.folds} folds by photograph, one model each; every image validates once"
-    return SPLIT_DESCRIPTIONS[config.split]
 
 
 def _options(run: Run) -> dict[str, tuple]:
@@ -250,53 +224,56 @@ def _describe_fold(fold: Run) -> dict:
     return {"name": fold.name, "metrics": metrics, "history": summarise_history(fold.history)}
 
 
-def _heat_maps(
-    worst: pd.DataFrame, predictor: Predictor | None, config: ResolvedConfig
-) -> tuple[dict[str, Heat], str]:
-    """Heat maps of the gallery's images for the predicted class, by path, or why there are none."""
-    if predictor is None:
-        return {}, "Heat maps are in the reports of the folds." if config.folds else "No heat maps."
-    pictures = predictor.read(worst.path)
-    predicted = dict(zip(worst.path, worst.predicted, strict=True))
-    targets = [predictor.classes.index(predicted[path]) for path in pictures.paths]
-    try:
-        heat = heat_maps(predictor, pictures, targets)
-    except NoHeatMap:
-        return {}, f"No heat maps: {config.arch} has no spatial features."
-    shown = zip(heat, pictures.boxes.tolist(), strict=True)
-    return dict(zip(pictures.paths, shown, strict=True)), ""
-
-
 def _gallery(
-    worst: pd.DataFrame,
-    run: Run,
-    table: pd.DataFrame,
-    classes: Sequence[str],
-    heat: dict[str, Heat],
-    external: External | None,
-) -> list[dict]:
-    """What the page shows of each image with a large loss."""
-    labels = dict(zip(table.path, table.label, strict=True))
-    names = relative_to(run.relative(worst), external.root if external else run.root)
-    tiles = []
-    for row, name in zip(worst.to_dict("records"), names.to_dict("records"), strict=True):
-        path, nearest = row["path"], row.get("nearest")
+    run: Run, result: Evaluation, predictor: Predictor | None, external: External | None
+) -> tuple[list[dict], str]:
+    """What the page shows of each image with a large loss, and why there are no heat maps."""
+    worst, known = result.top_losses(GALLERY, one_per_photo=True), run.table
+    heat: dict[str, str | None] = {}
+    no_heat = "Heat maps are in the reports of the folds." if run.config.folds else "No heat maps."
+    if predictor:
+        pictures = predictor.read(worst.path)
+        predicted = worst.predicted[worst.path.isin(pictures.paths)]
+        drawn = heat_pictures(predictor, pictures, predicted)
+        no_heat = f"No heat maps: {predictor.arch} has no spatial features."
+        if drawn is not None:
+            heat, no_heat = dict(zip(pictures.paths, drawn, strict=True)), ""
+    labels = dict(zip(known.path, known.label, strict=True))
+    tiles = portable(worst, run, external).to_dict("records")
+    for tile, row in zip(tiles, worst.to_dict("records"), strict=True):
         # The classes with the highest probabilities, always with the true one.
-        shown = sorted(classes, key=lambda label: row[f"p_{label}"], reverse=True)[:BARS]
+        shown = sorted(result.classes, key=lambda label: row[f"p_{label}"], reverse=True)[:BARS]
         if row["label"] not in shown:
             shown[-1] = row["label"]
-        tile = {key: row.get(key) for key in ("label", "predicted", "loss", "distance")} | {
-            "path": name["path"],
-            "image": picture(path),
-            "heat": picture(path, *heat[path]) if path in heat else None,
-            "nearest": None,
+        tile |= {
+            "image": picture(row["path"]),
+            "heat": heat.get(row["path"]),
             "bars": [(label, row[f"p_{label}"]) for label in shown],
         }
-        if nearest:
-            label, image = labels.get(nearest, "unknown"), picture(nearest)
-            tile["nearest"] = {"label": label, "path": name["nearest"], "image": image}
-        tiles.append(tile)
-    return tiles
+        if "nearest" in row:
+            tile["nearest_label"] = labels.get(row["nearest"], "unknown")
+            tile["nearest_image"] = picture(row["nearest"])
+    return tiles, no_heat
+
+
+def portable(predictions: pd.DataFrame, run: Run, external: External | None) -> pd.DataFrame:
+    """Predictions with paths relative to the data that each is of."""
+    own = run.relative(predictions)
+    if external is None:
+        return own
+    return relative_to(predictions, external.root).assign(nearest=own.nearest)
+
+
+def heat_pictures(
+    predictor: Predictor, pictures: PictureBatch, predicted: Sequence[str]
+) -> list[str | None] | None:
+    """Images with their heat maps for the predicted classes, each as of :func:`picture`; None if
+    the architecture has no features with a place in the image."""
+    try:
+        heat = heat_maps(predictor, pictures, [predictor.classes.index(name) for name in predicted])
+    except NoHeatMap:
+        return None
+    return [picture(*drawn) for drawn in zip(pictures.paths, heat, pictures.boxes, strict=True)]
 
 
 def picture(

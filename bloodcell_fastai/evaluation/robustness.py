@@ -184,9 +184,8 @@ def robustness_metrics(table: pd.DataFrame) -> dict:
     }
 
 
-def describe_robustness(table: pd.DataFrame) -> str:
-    """A table of :func:`measure_robustness` as lines of text."""
-    metrics = robustness_metrics(table)
+def describe_robustness(metrics: dict) -> str:
+    """What :func:`robustness_metrics` returns as lines of text."""
     lines = [
         f"Robustness, {metrics['n_images']:,} images of {metrics['n_photos']:,} photographs",
         f"  {CLEAN:<12} {metrics['accuracy']:>8.2%}  accuracy",

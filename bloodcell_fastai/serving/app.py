@@ -31,9 +31,8 @@ from .. import __version__
 from ..data.demo import CLASSES, COPY_SIZE, draw_photograph
 from ..data.splits import count_known, describe_leakage, leakage, photo_groups
 from ..errors import BloodcellError, MissingFileError
-from ..evaluation.explain import NoHeatMap, heat_maps
-from ..evaluation.interpretation import read_metrics
-from ..evaluation.report import all_warnings, load_template, percent, picture
+from ..evaluation.interpretation import Scores, read_metrics
+from ..evaluation.report import all_warnings, heat_pictures, load_template, percent, picture
 from ..model.calibration import IN_DISTRIBUTION
 from ..model.inference import UNLIKE, PredictedBatch, Predictor
 from ..model.runs import Run
@@ -51,18 +50,6 @@ HEADERS = {
     "base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-class Scores(BaseModel):
-    """Scores of the model on its validation images."""
-
-    photo_accuracy: float = Field(description="Fraction of the photographs it got right, 0 to 1.")
-    photo_accuracy_ci95: tuple[float, float] = Field(description="Its 95 % interval.")
-    accuracy: float = Field(description="Fraction of the images it got right, 0 to 1.")
-    accuracy_ci95: tuple[float, float] = Field(description="Its 95 % interval.")
-    n_photos: int = Field(description="An image of an unknown photograph counts as one.")
-    n_images: int
-    n_known: int = Field(description="Images whose photograph is known.")
 
 
 class ModelCard(BaseModel):
@@ -175,21 +162,21 @@ class Service:
     def _pictures(self, found: PredictedBatch) -> list[dict]:
         """Of each image the ``image``, its ``heat`` map (None if the architecture can have none)
         and the ``nearest`` training photographs, as data URIs."""
-        pictures, reference = found.pictures, self.predictor.reference
-        shown: list[dict] = [
-            {"image": picture(path), "heat": None, "nearest": []} for path in pictures.paths
+        paths, reference = found.pictures.paths, self.predictor.reference
+        heat = heat_pictures(self.predictor, found.pictures, found.table.predicted)
+        similar = [] if reference is None else reference.photographs(found.features, NEAREST)
+        nearest = [
+            [row | {"image": picture(row["path"])} for row in photos.to_dict("records")]
+            for photos in similar
         ]
-        targets = [self.predictor.classes.index(name) for name in found.table.predicted]
-        with suppress(NoHeatMap):
-            heat = heat_maps(self.predictor, pictures, targets)
-            for path, card, *drawn in zip(pictures.paths, shown, heat, pictures.boxes, strict=True):
-                card["heat"] = picture(path, *drawn)
-        if reference is not None:
-            photographs = reference.photographs(found.features, NEAREST)
-            for card, photos in zip(shown, photographs, strict=True):
-                rows = photos.to_dict("records")
-                card["nearest"] = [row | {"image": picture(row["path"])} for row in rows]
-        return shown
+        return [
+            {
+                "image": picture(path),
+                "heat": heat[n] if heat else None,
+                "nearest": nearest[n] if nearest else [],
+            }
+            for n, path in enumerate(paths)
+        ]
 
 
 def serve(
@@ -311,6 +298,24 @@ def describe_model(run: Run, predictor: Predictor) -> ModelCard:
     scores = None
     with suppress(MissingFileError):  # not interpreted yet
         scores = Scores.model_validate(read_metrics(run))
+    limits = [
+        "This is a research tool and no medical device. Do not use its results in decisions about "
+        "a person.",
+        f"The model knows only {', '.join(predictor.classes)}: it predicts one of them for any "
+        "image.",
+        "It learned from the photographs of its training set. With another stain, microscope or "
+        "camera it can be much worse: test it on labelled photographs of your own first.",
+        "A heat map shows which parts of the image support the predicted class. It does not show "
+        "why, and it does not outline a cell.",
+    ]
+    if predictor.reference is not None:
+        limits.append(
+            f'The flag "{UNLIKE}" marks images further from the training images than '
+            f"{percent(IN_DISTRIBUTION, 0)} of the validation images. It misses some foreign "
+            "images and marks some familiar ones."
+        )
+    if predictor.calibration is None:
+        limits.append("Its probabilities are not calibrated: the confidence may be too high.")
     return ModelCard(
         run=run.name,
         arch=config.arch,
@@ -324,7 +329,7 @@ def describe_model(run: Run, predictor: Predictor) -> ModelCard:
         scores=scores,
         leakage=describe_leakage(leakage(table), n_known, len(table)),
         warnings=list(all_warnings(config)),
-        limits=_limits(predictor),
+        limits=limits,
     )
 
 
@@ -356,28 +361,6 @@ def describe_api(root_path: str) -> dict[str, Any]:
         "paths": {"/api/model": {"get": model}, "/api/predict": {"post": predict}},
         "components": {"schemas": schemas["$defs"]},
     }
-
-
-def _limits(predictor: Predictor) -> list[str]:
-    limits = [
-        "This is a research tool and no medical device. Do not use its results in decisions about "
-        "a person.",
-        f"The model knows only {', '.join(predictor.classes)}: it predicts one of them for any "
-        "image.",
-        "It learned from the photographs of its training set. With another stain, microscope or "
-        "camera it can be much worse: test it on labelled photographs of your own first.",
-        "A heat map shows which parts of the image support the predicted class. It does not show "
-        "why, and it does not outline a cell.",
-    ]
-    if predictor.reference is not None:
-        limits.append(
-            f'The flag "{UNLIKE}" marks images further from the training images than '
-            f"{percent(IN_DISTRIBUTION, 0)} of the validation images. It misses some foreign "
-            "images and marks some familiar ones."
-        )
-    if predictor.calibration is None:
-        limits.append("Its probabilities are not calibrated: the confidence may be too high.")
-    return limits
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from bloodcell_fastai.config import ResolvedConfig, fit_command
 from bloodcell_fastai.errors import BloodcellError
 from bloodcell_fastai.evaluation import report
 from bloodcell_fastai.evaluation.explain import NoHeatMap
-from bloodcell_fastai.evaluation.interpretation import read_results, write_results
+from bloodcell_fastai.evaluation.interpretation import write_results
 from bloodcell_fastai.evaluation.metrics import Evaluation, labelled_predictions
 from bloodcell_fastai.evaluation.report import (
     DASH,
@@ -199,7 +199,7 @@ def test_it_tells_how_to_reproduce_it(page, run):
 
 
 def test_an_image_that_is_gone_has_no_heat_map(run):
-    result = read_results(run)
+    result = interpret_run(run)
     result.predictions.loc[result.predictions.loss.idxmax(), "path"] = "/gone.jpg"
     page = Page(render_report(run, result, Predictor.load(run)))
     assert page.text.count("cannot be read any more") == 2
@@ -211,14 +211,15 @@ def test_a_model_without_spatial_features_has_no_heat_maps(run, monkeypatch):
     def refuse(*args):
         raise error
 
-    monkeypatch.setattr(report, "heat_maps", refuse)
     error: BloodcellError = NoHeatMap("No.")
-    page = Page(render_report(run, read_results(run), Predictor.load(run)))
+    result, predictor = interpret_run(run), Predictor.load(run)
+    monkeypatch.setattr(report, "heat_maps", refuse)
+    page = Page(render_report(run, result, predictor))
     assert "resnet18 has no spatial features" in page.text
     assert not any(alt.startswith("Heat map") for alt in page.alts)
     error = BloodcellError("The model file is damaged.")
     with pytest.raises(BloodcellError, match="is damaged"):
-        render_report(run, read_results(run), Predictor.load(run))
+        render_report(run, result, predictor)
 
 
 def test_names_cannot_break_the_page(tmp_path):

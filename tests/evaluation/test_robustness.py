@@ -21,7 +21,6 @@ from bloodcell_fastai import (
 from bloodcell_fastai.cli import app
 from bloodcell_fastai.data.crop import DARK, find_nucleus
 from bloodcell_fastai.data.images import open_image
-from bloodcell_fastai.evaluation.interpretation import read_results
 from bloodcell_fastai.evaluation.report import percent, render_report
 from bloodcell_fastai.evaluation.robustness import (
     CLEAN,
@@ -41,7 +40,7 @@ def measured(trained, tmp_path_factory) -> Run:
     run = Run(shutil.copytree(trained.path, root / "mine"))
     done = CliRunner().invoke(app, ["interpret", "mine", "--stress", "--runs", str(root)])
     assert done.exit_code == 0, done.output
-    assert describe_robustness(read_robustness(run)) in done.output
+    assert describe_robustness(robustness_metrics(read_robustness(run))) in done.output
     return run
 
 
@@ -212,9 +211,10 @@ def test_it_stays_until_the_model_changes(copy):
 def test_a_model_that_is_never_right(copy):
     table = read_robustness(copy).assign(accuracy=0.0, accuracy_low=0.0, relative_accuracy=np.nan)
     table.to_csv(copy.path / "robustness.csv", index=False)
-    assert robustness_metrics(read_robustness(copy))["relative_accuracy"] is None
-    assert "left" not in describe_robustness(read_robustness(copy))
-    assert "relative accuracy is not defined" in render_report(copy, read_results(copy))
+    metrics = robustness_metrics(read_robustness(copy))
+    assert metrics["relative_accuracy"] is None
+    assert "left" not in describe_robustness(metrics)
+    assert "relative accuracy is not defined" in render_report(copy, interpret_run(copy))
 
 
 @pytest.mark.slow

@@ -24,14 +24,14 @@ from bloodcell_fastai import (
 )
 from bloodcell_fastai.data import crop
 from bloodcell_fastai.data.cache import ImageReader
-from bloodcell_fastai.evaluation.interpretation import read_results
 from bloodcell_fastai.model.model import load_model
 
 
 @pytest.fixture(scope="module")
 def expected(trained):
     """What ``interpret`` wrote for the validation images."""
-    return read_results(trained).predictions
+    written = pd.read_csv(trained.path / "predictions.csv", keep_default_na=False)
+    return trained.absolute(written)
 
 
 @pytest.fixture(scope="module")

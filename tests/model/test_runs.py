@@ -26,7 +26,7 @@ from bloodcell_fastai import (
     timm_model,
 )
 from bloodcell_fastai.config import ResolvedConfig
-from bloodcell_fastai.evaluation.interpretation import read_metrics, read_results
+from bloodcell_fastai.evaluation.interpretation import read_metrics
 from bloodcell_fastai.model.calibration import Calibration, Reference
 from bloodcell_fastai.model.model import read_tensors
 from bloodcell_fastai.model.runs import HISTORY, newest_unfinished, open_model
@@ -231,7 +231,7 @@ def test_results_of_other_weights_are_refused(trained, tmp_path):
     assert read_metrics(run)["weights"] == run.weights_hash == run.calibration.weights
     state = read_tensors(run.path / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, run.path / "model.safetensors")
-    for read in (read_metrics, read_results, lambda run: run.calibration):
+    for read in (read_metrics, lambda run: run.calibration):
         with pytest.raises(BloodcellError, match="is of other weights than run has now"):
             read(run)
 
@@ -318,7 +318,6 @@ def test_a_run_and_its_data_can_be_moved(moved, trained):
     assert all(Path(path).is_file() for path in table.nearest)
     before = pd.read_csv(trained.path / "predictions.csv")
 
-    assert read_results(run).predictions.path.tolist() == valid
     result = interpret_run(run)
     assert result.predictions.path.tolist() == valid
     assert np.allclose(result.probabilities, before.filter(like="p_"), atol=1e-6)

@@ -26,6 +26,7 @@ from starlette.testclient import TestClient
 
 from bloodcell_fastai import BloodcellError, Predictor, Run
 from bloodcell_fastai.data import cache
+from bloodcell_fastai.evaluation import report
 from bloodcell_fastai.evaluation.explain import NoHeatMap
 from bloodcell_fastai.evaluation.interpretation import read_metrics
 from bloodcell_fastai.evaluation.report import interval, percent
@@ -537,7 +538,7 @@ def test_a_model_that_can_have_no_heat_map(client, paths, monkeypatch):
         raise NoHeatMap("It has no features with a place in the image.")
 
     assert "Heat map:" in client.post("/predict", **form(sent(paths[0]))).text
-    monkeypatch.setattr(app, "heat_maps", none)
+    monkeypatch.setattr(report, "heat_maps", none)
     page = client.post("/predict", **form(sent(paths[0]))).text
     assert "Heat map:" not in page
     assert "The image" in page
@@ -547,7 +548,7 @@ def test_another_error_of_the_heat_maps_is_not_hidden(client, paths, monkeypatch
     def fail(*_):
         raise BloodcellError("There is no memory.")
 
-    monkeypatch.setattr(app, "heat_maps", fail)
+    monkeypatch.setattr(report, "heat_maps", fail)
     with pytest.raises(BloodcellError):
         client.post("/predict", **form(sent(paths[0])))
 
