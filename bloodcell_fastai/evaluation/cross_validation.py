@@ -70,7 +70,7 @@ def cross_validate(
     with parent.lock():
         parent.start(config, resolved, table.assign(part="", fold=fold_of))
         try:
-            _train_folds(parent, tables, dry_run, reporter)
+            _train_folds(parent, dry_run, reporter)
         except BaseException:
             if not parent.fold(1).started:
                 parent.remove()  # it holds nothing yet
@@ -98,25 +98,19 @@ def resume_folds(parent: Run, reporter: Reporter | None = None, **changes: Any) 
                 f"All folds of run {parent.name} came to their end.",
                 f"Look at {parent.path / 'metrics.json'}.",
             )
-        table = parent.table
-        tables = [
-            table.drop(columns="fold").assign(part=np.where(table.fold == fold, "valid", "train"))
-            for fold in map(str, range(1, parent.config.folds + 1))
-        ]
         here = {name: changes[name] for name in ("device", "workers") if name in changes}
-        _train_folds(parent, tables, False, reporter, **here)
+        _train_folds(parent, False, reporter, **here)
     return parent
 
 
-def _train_folds(
-    parent: Run, tables: list[pd.DataFrame], dry_run: bool, reporter: Reporter, **here: Any
-) -> None:
+def _train_folds(parent: Run, dry_run: bool, reporter: Reporter, **here: Any) -> None:
     """Train the folds that are not trained yet, ``here`` with other options of the machine, then
     pool their predictions."""
     results: list[Evaluation] = []
-    for number, split in enumerate(tables, start=1):
-        wait_for_all()  # until the first process has written what the fold before is
-        reporter.say(f"Fold {number} of {len(tables)}")
+    wait_for_all()  # until the first process has written what the run is
+    table, folds = parent.table, parent.asked.folds
+    for number in range(1, folds + 1):
+        reporter.say(f"Fold {number} of {folds}")
         fold = parent.fold(number)
         if not fold.started:
             asked = parent.asked.changed(folds=0, **here)
@@ -125,16 +119,19 @@ def _train_folds(
             again = asked.model_dump() | {"data": str(parent.root), "split": parent.config.split}
             resolved = parent.config.changed(**again)
             folder = Run.create(parent.path, fold.name)
+            part = np.where(table.fold == str(number), "valid", "train")
+            split = table.drop(columns="fold").assign(part=part)
             train_table(asked, resolved, split, folder, dry_run, reporter)
         elif not fold.finished:
             resume_run(fold, reporter, **here)
         if number == 1:  # what it was resolved to holds for all
-            found = fold.config.changed(folds=len(tables), data=str(parent.root))
-            parent.start(parent.asked, found, parent.table)
+            found = fold.config.changed(folds=folds, data=str(parent.root))
+            parent.start(parent.asked, found, table)
         if dry_run:
             return
         if rank() == 0:
             results.append(interpret_run(fold))
+        wait_for_all()  # until it has written what the fold is
     _pool(parent, results, reporter)
     parent.finish()
     wait_for_all()
