@@ -183,6 +183,18 @@ def test_shards_are_joined_once_each(tmp_path, name):
     assert not any(shard.exists() for shard in shards)
 
 
+def test_one_process_goes_on_with_what_several_left(predictor, paths, tmp_path):
+    out, shard = tmp_path / "out.csv", tmp_path / "out.part-0001-of-0002.csv"
+    predict(predictor, paths[:4], shard)
+    outcome = predict(predictor, paths[:6], out, resume=True)
+    assert (outcome.already_done, outcome.n_images) == (4, 2)
+    assert read(out).path.tolist() == paths[:6]
+    predict(predictor, paths[:1], shard)
+    predict(predictor, paths[1:2], out)  # anew: what was left is of no use
+    assert read(out).path.tolist() == paths[1:2]
+    assert not shard.exists()
+
+
 def test_several_processes_need_a_file_and_share_no_standard_input(monkeypatch):
     monkeypatch.setattr(predict_module, "world_size", lambda: 2)
     with pytest.raises(BloodcellError, match="Standard input cannot be read by several"):
