@@ -28,6 +28,7 @@ from bloodcell_fastai.evaluation.robustness import (
     describe_robustness,
     read_robustness,
     robustness_metrics,
+    write_robustness,
 )
 
 BY_KIND = {corruption.kind: corruption for corruption in CORRUPTIONS}
@@ -210,7 +211,7 @@ def test_it_stays_until_the_model_changes(copy):
 @pytest.mark.slow
 def test_a_model_that_is_never_right(copy):
     table = read_robustness(copy).assign(accuracy=0.0, accuracy_low=0.0, relative_accuracy=np.nan)
-    table.to_csv(copy.path / "robustness.csv", index=False)
+    write_robustness(copy, table)
     metrics = robustness_metrics(read_robustness(copy))
     assert metrics["relative_accuracy"] is None
     assert "left" not in describe_robustness(metrics)
@@ -222,7 +223,7 @@ def test_a_model_that_is_never_right(copy):
     "change", [lambda t: t[1:], lambda t: t.assign(accuracy=2.0), lambda t: t.assign(strength=3)]
 )
 def test_an_edited_table_is_refused(copy, change):
-    change(read_robustness(copy)).to_csv(copy.path / "robustness.csv", index=False)
+    write_robustness(copy, change(read_robustness(copy)))
     with pytest.raises(BloodcellError, match="is no table of robustness") as caught:
         read_robustness(copy)
     assert "bloodcell interpret mine --stress" in caught.value.hint
