@@ -255,41 +255,24 @@ class StopOnSignal(Callback):
 
 
 class RichProgress(Callback):
-    """A progress bar with the time left in a terminal; fastai's own is made for notebooks."""
+    """Show each epoch in a progress bar with the time left; fastai's own is made for notebooks."""
 
     order = ProgressCallback.order
 
-    def __init__(self, first_epoch: int = 0, n_epochs: int = 0):
-        self.first_epoch, self.n_epochs = first_epoch, n_epochs
-        self.bar: Progress | None = None
+    def __init__(self, bar: Progress, first_epoch: int, n_epochs: int):
+        self.bar, self.first_epoch, self.n_epochs = bar, first_epoch, n_epochs
+        self.task = bar.add_task("", visible=False)
 
     def before_epoch(self):
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("batches, left:"),
-            TimeRemainingColumn(),
-            transient=True,
-        )
+        epoch = f"Epoch {self.first_epoch + self.epoch + 1}/{self.n_epochs}"
         batches = sum(len(dl) for dl in self.dls.loaders)
-        self.bar.add_task(
-            f"Epoch {self.first_epoch + self.epoch + 1}/{self.n_epochs}", total=batches
-        )
-        self.bar.start()
+        self.bar.reset(self.task, total=batches, description=epoch, visible=True)
 
     def after_batch(self):
-        if self.bar:
-            self.bar.advance(self.bar.task_ids[0])
+        self.bar.advance(self.task)
 
     def after_epoch(self):
-        self.close()
-
-    def close(self) -> None:
-        """Remove the bar and give the terminal its cursor back."""
-        if self.bar:
-            self.bar.stop()
-        self.bar = None
+        self.bar.update(self.task, visible=False)
 
 
 class TimeBatches(Callback):
@@ -322,10 +305,18 @@ def shown_progress(learn: Learner, first_epoch: int = 0, n_epochs: int = 0) -> I
     terminal, none in a pipe or file, which fastprogress would take for a terminal."""
     if not IN_NOTEBOOK:
         learn.remove_cbs(ProgressCallback)
-    bar = RichProgress(first_epoch, n_epochs)
-    shown = [bar] if sys.stdout.isatty() and rank() == 0 and not IN_NOTEBOOK else []
-    try:
-        with learn.added_cbs(shown):
-            yield
-    finally:
-        bar.close()
+    if IN_NOTEBOOK or not sys.stdout.isatty() or rank() > 0:
+        yield
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches, left:"),
+        TimeRemainingColumn(),
+    )
+    with (
+        Progress(*columns, transient=True) as bar,
+        learn.added_cbs(RichProgress(bar, first_epoch, n_epochs)),
+    ):
+        yield

@@ -155,7 +155,6 @@ def fit(learn: Learner, run: Run, say: Callable[[str], None] = print) -> None:
             learn.no_logging(),
             signals,
             _explained(run, config),
-            _batch_norm_explained(config),
             training_together(learn),
         ):
             learn.fit_one_cycle(
@@ -186,35 +185,28 @@ def _where(run: Run) -> str:
 
 @contextmanager
 def _explained(run: Run, config: ResolvedConfig) -> Iterator[None]:
-    """Turn a lack of memory, or the loss of another process, into an error that says what to do."""
+    """Turn what ends a batch, and a user can mend, into an error that says how: a lack of memory,
+    a single value for BatchNorm, the loss of another process."""
     try:
         with lost_peers_explained(f"Continue, started as before: {run.resume_command}"):
             yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         # torch has a class for it on a device only; on the CPU it names its allocator.
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
-            "DefaultCPUAllocator" not in str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+            "DefaultCPUAllocator" in str(error)
         ):
-            raise
-        raise BloodcellError(
-            f"No memory left for {config.bs} images of {config.size} px at once, in {_where(run)}.",
-            f"Train under another `name` with `bs={max(config.bs // 2, 1)}`; if something else "
-            f"filled the memory: {run.resume_command}",
-        ) from error
-
-
-@contextmanager
-def _batch_norm_explained(config: ResolvedConfig) -> Iterator[None]:
-    """Turn the refusal of BatchNorm to normalise a single value into an error for users."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UsageError(
-            f"{config.arch} normalises over the images of a batch, and bs is {config.bs}.",
-            "Train under another `name` with `bs=2` or more, or a larger `size`.",
-        ) from error
+            raise BloodcellError(
+                f"No memory left for {config.bs} images of {config.size} px at once, in "
+                f"{_where(run)}.",
+                f"Train under another `name` with `bs={max(config.bs // 2, 1)}`; if something else "
+                f"filled the memory: {run.resume_command}",
+            ) from error
+        if "more than 1 value per channel" in str(error):
+            raise UsageError(
+                f"{config.arch} normalises over the images of a batch, and bs is {config.bs}.",
+                "Train under another `name` with `bs=2` or more, or a larger `size`.",
+            ) from error
+        raise
 
 
 def max_lr(config: ResolvedConfig, phase: Phase) -> float | slice:
@@ -240,17 +232,17 @@ def find_lr(learn: Learner, run: Run, say: Callable[[str], None] = print) -> flo
     return suggestion
 
 
-def estimate_seconds(learn: Learner, config: ResolvedConfig) -> float:
+def estimate_seconds(learn: Learner, run: Run) -> float:
     """Expected seconds of a run, from a few training batches timed here and now.
 
     Validation is counted as a third of the cost of training per image.
     """
-    timer = TimeBatches()
+    timer, config = TimeBatches(), run.config
     learn.unfreeze()
     with (
         shown_progress(learn, 0, config.epochs),
         learn.no_logging(),
-        _batch_norm_explained(config),
+        _explained(run, config),
         training_together(learn),
     ):
         learn.fit(1, cbs=timer)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,13 @@ from ..data.splits import (
     photo_groups,
     split_table,
 )
-from ..distributed import by_first, wait_for_all, world_size
+from ..distributed import rank, wait_for_all, world_size
 from ..errors import BloodcellError, BloodcellWarning, WeightsWarning
 from ..model.inference import Predictor
 from ..model.runs import Run, newest_unfinished
 from ..reporter import Reporter, duration
 from .calibrate import calibrate
 from .fit import estimate_seconds, fit, make_learner, phases, resolve
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do.
-
-    Attributes:
-        images: images per class (rows) in ``train``, ``valid`` and, if the data has a test set,
-            ``test`` (columns).
-        photos: photographs in each of these, an image of unknown photograph counted as one; None
-            where no photograph is known.
-        n_known: images in ``train`` and ``valid`` whose photograph is known.
-        leakage: fraction of the validation images with a copy of their photograph in training, 0
-            to 1; None where no photograph is known.
-        steps: optimizer steps per epoch.
-        epochs: in total, and of these with the body frozen.
-        seconds: the estimated time, None if it was not measured.
-    """
-
-    images: pd.DataFrame
-    photos: pd.Series | None
-    n_known: int
-    leakage: float | None
-    steps: int
-    epochs: tuple[int, int]
-    seconds: float | None = None
 
 
 def train(
@@ -136,32 +109,20 @@ def train_table(
     """
     with run.lock():
         try:
-            learn = _begin(asked, resolved, table, run, dry_run, reporter)
+            with _warnings_told(reporter) as told:
+                learn = make_learner(resolved, table, None, not dry_run, reporter.progress)
+            # The report shows those of the weights; another fold may have told them.
+            of_weights = (str(each) for each in told if isinstance(each, WeightsWarning))
+            known = tuple(dict.fromkeys((*resolved.warnings, *of_weights)))
+            run.start(asked, resolve(resolved, learn).changed(warnings=known), table)
         except BaseException:
             run.remove()  # it holds nothing yet
             raise
         wait_for_all()  # the options of a run are read from its folder
-        plan = make_plan(run.config, table, learn, timed=dry_run)
-        reporter.say(describe(plan, run.config, run))
+        reporter.say(describe_plan(run, table, learn, timed=dry_run))
         if not dry_run:
             complete(learn, run, reporter)
     return run
-
-
-def _begin(
-    asked: Config,
-    resolved: ResolvedConfig,
-    table: pd.DataFrame,
-    run: Run,
-    dry_run: bool,
-    reporter: Reporter,
-) -> Learner:
-    with _warnings_told(reporter) as told:
-        learn = make_learner(resolved, table, cache=not dry_run, progress=reporter.progress)
-    of_weights = (str(w) for w in told if isinstance(w, WeightsWarning))  # which the report shows
-    known = tuple(dict.fromkeys((*resolved.warnings, *of_weights)))  # another fold may have them
-    run.start(asked, resolve(resolved, learn).changed(warnings=known), table)
-    return learn
 
 
 def resume(
@@ -234,63 +195,49 @@ def _warnings_told(
 def complete(learn: Learner, run: Run, reporter: Reporter) -> None:
     """Train to the end, calibrate the best model, and only then mark the run as finished."""
     fit(learn, run, reporter.say)
-    _finish(learn, run, reporter)
+    if rank() == 0:
+        predictor = Predictor.from_learner(learn)
+        calibration, reference = calibrate(predictor, run.table, learn.dls.reader, run.config.seed)
+        run.save_calibration(calibration, reference)
+        run.finish()
+        reporter.say(str(calibration))
+        reporter.say(f"Done. Next: bloodcell interpret {run.name}")
     wait_for_all()  # until it is marked, for those who look
 
 
-@by_first
-def _finish(learn: Learner, run: Run, reporter: Reporter) -> None:
-    predictor = Predictor.from_learner(learn)
-    calibration, reference = calibrate(predictor, run.table, learn.dls.reader, run.config.seed)
-    run.save_calibration(calibration, reference)
-    run.finish()
-    reporter.say(str(calibration))
-    reporter.say(f"Done. Next: bloodcell interpret {run.name}")
-
-
-def make_plan(
-    config: ResolvedConfig, table: pd.DataFrame, learn: Learner, timed: bool = False
-) -> Plan:
-    """What a run with these options on this table will do; ``timed`` runs a few batches."""
-    used = table[table.part != ""]
+def describe_plan(run: Run, table: pd.DataFrame, learn: Learner, timed: bool) -> str:
+    """What a run on this table is about to do, as lines of text; ``timed`` runs a few batches."""
+    config, used = run.config, table[table.part != ""]
+    images = pd.crosstab(used.label, used.part)
+    train, valid = images["train"].sum(), images["valid"].sum()
     n_known = count_known(used[used.part != "test"])
-    return Plan(
-        images=pd.crosstab(used.label, used.part),
-        photos=photo_groups(used).groupby(used.part).nunique() if n_known else None,
-        n_known=n_known,
-        leakage=leakage(used),
-        steps=len(learn.dls.train) // world_size(),
-        epochs=(config.epochs, sum(phase.epochs for phase in phases(config) if phase.frozen)),
-        seconds=estimate_seconds(learn, config) if timed else None,
-    )
-
-
-def describe(plan: Plan, config: ResolvedConfig, run: Run) -> str:
-    """The plan as lines of text."""
-    train, valid = plan.images["train"].sum(), plan.images["valid"].sum()
-    processes = f" in each of {world_size()} processes" if world_size() > 1 else ""
     lines = [
         f"Run      {run.path}",
         f"Data     {config.data}",
         f"Split    {config.split}: {train:,} images train, {valid:,} validate ("
-        + ", ".join(f"{label} {n:,}" for label, n in plan.images["valid"].items())
+        + ", ".join(f"{label} {n:,}" for label, n in images["valid"].items())
         + ")",
-        f"Leakage  {describe_leakage(plan.leakage, plan.n_known, train + valid)}",
-        f"Model    {config.arch} from {config.start} at {config.size} px on {config.device}",
-        f"Steps    {plan.steps} of {config.bs} images{processes} per epoch, {plan.epochs[0]} epochs"
-        + (f", the head alone in the first {plan.epochs[1]}" if plan.epochs[1] else ""),
     ]
+    if "test" in images:
+        lines.append(
+            f"Test     {images['test'].sum():,} images of the data's own test folder neither train "
+            "nor choose the best epoch: bloodcell interpret scores them at the end"
+        )
+    if n_known:
+        photos = photo_groups(used).groupby(used.part).nunique()
+        lines.append(f"Photos   {photos['train']:,} train, {photos['valid']:,} validate")
+    steps = len(learn.dls.train) // world_size()
+    n_frozen = sum(phase.epochs for phase in phases(config) if phase.frozen)
+    processes = f" in each of {world_size()} processes" if world_size() > 1 else ""
+    lines += [
+        f"Leakage  {describe_leakage(leakage(used), n_known, train + valid)}",
+        f"Model    {config.arch} from {config.start} at {config.size} px on {config.device}",
+        f"Steps    {steps} of {config.bs} images{processes} per epoch, {config.epochs} epochs",
+    ]
+    if n_frozen:
+        lines[-1] += f", the head alone in the first {n_frozen}"
     if config.bs < run.asked.bs:
         lines[-1] += f" (batches of {run.asked.bs} would be larger than the training part)"
-    if plan.photos is not None:
-        counts = f"{plan.photos['train']:,} train, {plan.photos['valid']:,} validate"
-        lines.insert(3, f"Photos   {counts}")
-    if "test" in plan.images:
-        lines.insert(
-            3,
-            f"Test     {plan.images['test'].sum():,} images of the data's own test folder neither "
-            "train nor choose the best epoch: bloodcell interpret scores them at the end",
-        )
-    if plan.seconds is not None:
-        lines.append(f"Time     about {duration(plan.seconds)} on this machine")
+    if timed:
+        lines.append(f"Time     about {duration(estimate_seconds(learn, run))} on this machine")
     return "\n".join(lines)

@@ -160,7 +160,7 @@ def test_a_batch_has_no_more_images_than_the_training_part(table, tmp_path):
     n_train = (table.part == "train").sum()
     learn, run = start(tmp_path, table, size=32, bs=1000, epochs=1)
     assert (run.config.bs, run.asked.bs, len(learn.dls.train)) == (n_train, 1000, 1)
-    assert estimate_seconds(learn, run.config) > 0  # with a single batch, too
+    assert estimate_seconds(learn, run) > 0  # with a single batch, too
     fit(learn, run, lambda line: None)
     assert len(run.history) == 1
 
