@@ -29,17 +29,12 @@ UNFINISHED = ".tmp-"  # how the name of everything begins that is not complete
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path to write to beside ``path``, of the same suffix; it is renamed to ``path`` if
     the block succeeds, so that a reader sees the old file or the new one, never half of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with _named(path, temporary):
+    with _beside(path) as temporary:
         temporary.touch(exist_ok=False)
-        try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextmanager
@@ -51,24 +46,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise FileExistsError(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with _named(path, temporary):
+    with _beside(path) as temporary:
         temporary.mkdir()
-        try:
-            yield temporary
-            temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        yield temporary
+        temporary.rename(path)
 
 
 @contextmanager
-def _named(path: Path, temporary: Path) -> Iterator[None]:
-    """A block whose errors name ``path``: the name of ``temporary`` tells a user nothing, and a
-    full disk does not say where it is."""
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a new path beside ``path``, and remove what is left of it; errors name ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Files of ``tempfile`` would be private to the user.
+    temporary = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{path.suffix}")
     try:
-        yield
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
     except OSError as error:
+        # A full disk does not say where it is, and that name tells a user nothing.
         if str(error.filename or temporary) == str(temporary):
             error.filename = str(path)
         raise
@@ -99,10 +95,14 @@ def sole_writer(folder: Path, timeout: float = -1) -> Iterator[None]:
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left of :func:`atomic_path` and :func:`atomic_folder`."""
     for path in folder.glob(f"{UNFINISHED}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -250,8 +250,3 @@ def _read_bytes(path: Path, hint: str) -> bytes:
     if not path.is_file():
         raise MissingFileError(f"{path} is missing.", hint)
     return path.read_bytes()
-
-
-def _temporary(path: Path) -> Path:
-    """A new name beside ``path``; files of ``tempfile`` would be private to the user."""
-    return path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{path.suffix}")

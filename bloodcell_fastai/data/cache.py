@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -185,18 +185,18 @@ class ImageReader:
         """Decode in threads, a few chunks ahead of the consumer."""
         if self.threads == 0:
             for chunk in chunks:
-                yield self._collect(chunk, [self._try_decode(path) for path in chunk])
+                yield self._collect(chunk, map(self._try_decode, chunk))
             return
         threads = self.threads or min(8, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        waiting: deque[tuple[Sequence[str], list[Future]]] = deque()
+        waiting: deque[tuple[Sequence[str], Iterator[Picture | str]]] = deque()
         try:
             for chunk in chunks:
-                waiting.append((chunk, [pool.submit(self._try_decode, path) for path in chunk]))
+                waiting.append((chunk, pool.map(self._try_decode, chunk)))
                 if len(waiting) > BATCHES_AHEAD:
-                    yield self._collect_futures(*waiting.popleft())
+                    yield self._collect(*waiting.popleft())
             while waiting:
-                yield self._collect_futures(*waiting.popleft())
+                yield self._collect(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -207,20 +207,17 @@ class ImageReader:
         except Exception as error:  # a decoder may fail in its own way, or have no memory left
             return why_unreadable(path, error)
 
-    def _collect_futures(self, paths: Sequence[str], futures: Sequence[Future]) -> PictureBatch:
-        return self._collect(paths, [future.result() for future in futures])
-
-    def _collect(self, paths: Sequence[str], found: Sequence[Picture | str]) -> PictureBatch:
-        results = list(zip(paths, found, strict=True))
-        readable = [(path, picture) for path, picture in results if isinstance(picture, Picture)]
-        rows = np.array([picture for _, picture in readable], dtype=_row_type(self.size))
-        return PictureBatch(
-            [path for path, _ in readable],
-            torch.from_numpy(rows["pixels"]).permute(0, 3, 1, 2),
-            rows["box"],
-            rows["has_cell"],
-            {path: reason for path, reason in results if isinstance(reason, str)},
-        )
+    def _collect(self, paths: Sequence[str], found: Iterable[Picture | str]) -> PictureBatch:
+        readable, pictures, unreadable = [], [], {}
+        for path, picture in zip(paths, found, strict=True):
+            if isinstance(picture, str):
+                unreadable[path] = picture
+            else:
+                readable.append(path)
+                pictures.append(picture)
+        rows = np.array(pictures, dtype=_row_type(self.size))
+        pixels = torch.from_numpy(rows["pixels"]).permute(0, 3, 1, 2)
+        return PictureBatch(readable, pixels, rows["box"], rows["has_cell"], unreadable)
 
     def _load_or_build(
         self, file: Path, paths: Sequence[str], progress: Progress

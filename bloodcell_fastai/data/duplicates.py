@@ -27,7 +27,6 @@ image at 10,000 images. A million would need features on disk and an index such 
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -188,11 +187,10 @@ def known_photos(paths: Sequence[str | Path], table: Path = KAGGLE_TABLE) -> pd.
     Raises:
         BloodcellError: the file is no such table.
     """
-    try:
-        texts = dict.fromkeys(["digest", "original", "photo"], str)
-        known = pd.read_csv(table, dtype=texts, keep_default_na=False)  # a photograph may be "NA"
-        known = known[["digest", *COLUMNS[1:]]]
-    except (ValueError, KeyError, LZMAError, EOFError) as error:
+    columns, texts = ["digest", *COLUMNS[1:]], dict.fromkeys(["digest", "original", "photo"], str)
+    try:  # a photograph may be "NA"
+        known = pd.read_csv(table, usecols=columns, dtype=texts, keep_default_na=False)
+    except (ValueError, LZMAError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
             f"{table} is no table of known photographs: {reason}.", "Make it with bloodcell audit."
@@ -229,25 +227,26 @@ def with_photos(table: pd.DataFrame, root: Path) -> tuple[pd.DataFrame, tuple[st
     listed = Path(root) / "photos.csv"
     warnings: tuple[str, ...] = ()
     if listed.is_file():
-        photo_of, unmatched = _read_photos(listed, table["path"])
-        if len(photo_of) < len(table):
-            warnings = (_describe_gaps(listed, len(photo_of), len(table), unmatched),)
+        photo_of, warnings = _read_photos(listed, table["path"])
     else:
         found = known_photos(table["path"])
         photo_of = dict(zip(found["path"], found["photo"], strict=True))
     return table.assign(photo=[photo_of.get(path, "") for path in table["path"]]), warnings
 
 
-def _read_photos(listed: Path, paths: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The photograph of each image that ``photos.csv`` knows, and its paths that are no image."""
+def _read_photos(listed: Path, paths: pd.Series) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The photograph of each image that ``photos.csv`` knows; a warning if these are not all."""
     hint = "Make it anew with bloodcell audit, or remove it."
     table = read_table(listed, [], hint=hint).rename(columns=str.strip)
     require_columns(listed, table, ["path", "photo"], hint)
-    images, by_name = set(paths), _by_name(paths)
+    names = paths.map(os.path.basename)
+    unique = ~names.duplicated(keep=False)
+    images = dict(zip(names[unique], paths[unique], strict=True)) | {path: path for path in paths}
     line_of: dict[str, str] = {}
     photo_of, unmatched = {}, []
     for line, photo in zip(table["path"], table["photo"].str.strip(), strict=True):
-        path = _listed_image(line, listed.parent, images, by_name)
+        readings = _readings(line, listed.parent)
+        path = next((images[reading] for reading in readings if reading in images), None)
         if first := line_of.get(path or line):
             raise DataError(f"{listed} holds a path twice: {first!r} and {line!r}.", hint)
         line_of[path or line] = line
@@ -255,32 +254,20 @@ def _read_photos(listed: Path, paths: Sequence[str]) -> tuple[dict[str, str], li
             unmatched.append(line)
         elif photo:
             photo_of[path] = photo
-    return photo_of, unmatched
-
-
-def _by_name(paths: Sequence[str]) -> dict[str, str]:
-    """The images whose name no other image has, by that name."""
-    names = [os.path.basename(path) for path in paths]  # noqa: PTH119
-    count = Counter(names)
-    return {name: path for name, path in zip(names, paths, strict=True) if count[name] == 1}
-
-
-def _listed_image(line: str, root: Path, images: set[str], by_name: dict[str, str]) -> str | None:
-    """The image that a path in ``photos.csv`` means; see :func:`with_photos`."""
-    *_, plain = names = spellings(line)
-    parts = plain.split("/")
-    if root.name in parts[:-1]:
-        below = parts[::-1].index(root.name)
-        names.append("/".join(parts[-below:]))
-    readings = (str(root / name) for name in names)
-    return next(filter(images.__contains__, readings), by_name.get(plain))
-
-
-def _describe_gaps(listed: Path, n_known: int, n_images: int, unmatched: list[str]) -> str:
-    text = f"{listed} tells the photograph of {n_known:,} of {n_images:,} images"
+    if len(photo_of) == len(paths):
+        return photo_of, ()
+    gaps = f"{listed} tells the photograph of {len(photo_of):,} of {len(paths):,} images"
     if unmatched:
-        text += f"; {len(unmatched):,} of its lines match no image, such as {unmatched[0]!r}"
-    return f"{text}. Its paths are relative to its folder; bloodcell audit makes it anew."
+        gaps += f"; {len(unmatched):,} of its lines match no image, such as {unmatched[0]!r}"
+    hint = "Its paths are relative to its folder; bloodcell audit makes it anew."
+    return photo_of, (f"{gaps}. {hint}",)
+
+
+def _readings(line: str, root: Path) -> list[str]:
+    """What a path in ``photos.csv`` may mean, see :func:`with_photos`: paths, then a name."""
+    *_, plain = spelt = spellings(line)
+    below = f"/{plain}".rpartition(f"/{root.name}/")[2]
+    return [*(str(root / path) for path in (*spelt, below)), plain]
 
 
 def match_pair(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray]:

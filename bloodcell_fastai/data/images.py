@@ -58,15 +58,6 @@ def why_unreadable(path: str | Path, error: Exception) -> str:
     return reason or f"{type(error).__name__}: {error}"
 
 
-def is_image(path: str | Path) -> bool:
-    """Whether a file begins like an image that can be decoded safely."""
-    try:
-        with _opened(path):
-            return True
-    except OSError:
-        return False
-
-
 def list_images(folder: Path) -> list[Path]:
     """Image files below ``folder``, sorted; hidden ones and those of the system passed over.
 

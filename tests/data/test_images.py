@@ -25,7 +25,6 @@ from bloodcell_fastai.data.duplicates import find_photos
 from bloodcell_fastai.data.images import (
     TOO_LARGE,
     image_size,
-    is_image,
     list_images,
     open_image,
     why_unreadable,
@@ -275,14 +274,6 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path):
     exif[274] = 6  # a quarter turn
     draw().save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == SIZE[::-1]
-
-
-def test_a_file_begins_like_an_image_or_not(zoo):
-    assert all(is_image(zoo / "A" / name) for name in READABLE)
-    assert not any(
-        is_image(zoo / "A" / name) for name in ("text.jpg", "postscript.jpg", "pipe.jpg")
-    )
-    assert not is_image(zoo / "A" / "bomb.png")
 
 
 def test_a_folder_lists_its_images_alone(zoo):
