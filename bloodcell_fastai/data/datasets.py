@@ -126,18 +126,16 @@ def open_dataset(
         True
     """
     home, reason = Path(home), ""
-    if source is not None and str(source) != "demo":
-        return read_folder(_as_folder(Path(source), home, progress), progress)
     if source is None:
-        for candidate in sorted(home.iterdir()) if home.is_dir() else []:
-            if _is_data(candidate):
-                return read_folder(_as_folder(candidate, home, progress), progress)
+        candidates = sorted(home.iterdir()) if home.is_dir() else []
+        source = next(filter(_is_data, candidates), None)
+    if source is None:
         try:
-            downloaded = (download or download_kaggle)()
+            source = (download or download_kaggle)()
         except NoNetworkError as error:
-            reason = f" {error.message}"
-        else:
-            return read_folder(downloaded, progress)
+            source, reason = "demo", f" {error.message}"
+    if str(source) != "demo":
+        return read_folder(_as_folder(Path(source), home, progress), progress)
     folder = home / "demo"
     if not folder.is_dir():
         with sole_writer(home):
@@ -170,7 +168,9 @@ def read_folder(
             f"Only one class in {root}: {table.label[0]}.",
             "Give a folder with one sub-folder per class, two or more.",
         )
-    sizes, unreadable = _read_sizes(table.path, progress)
+    sizes = _read_sizes(table.path, progress)
+    readable = sizes.map(lambda found: isinstance(found, tuple))
+    unreadable = dict(zip(table.path[~readable].map(Path), sizes[~readable], strict=True))
     if len(unreadable) > MAX_UNREADABLE * len(table):
         raise DataError(
             f"{len(unreadable):,} of {len(table):,} images cannot be read, "
@@ -178,14 +178,13 @@ def read_folder(
             "Copy damaged files again, convert or shrink whole ones, or take them out of the data "
             "set.",
         )
-    readable = ~table.path.map(Path).isin(unreadable)
     table, gaps = with_photos(table[readable].reset_index(drop=True), root)
     return Dataset(
         root=root,
         table=table,
         originals=find_originals(root),
         unreadable=unreadable,
-        sizes=pd.Series(sizes).value_counts().to_dict(),
+        sizes=sizes[readable].value_counts().to_dict(),
         warnings=warnings + gaps + _missing_images(root, table),
     )
 
@@ -341,36 +340,27 @@ def _folders(root: Path) -> list[Path]:
         refuse_folder(error)
 
 
-def _read_sizes(
-    paths: Sequence[str], progress: Progress
-) -> tuple[list[tuple[int, int]], dict[Path, str]]:
-    """The sizes of the images that can be read, and the reason for each that cannot."""
-    sizes, unreadable = [], {}
+def _read_sizes(paths: Sequence[str], progress: Progress) -> pd.Series:
+    """The (width, height) of each image, or the reason why it cannot be read."""
+    found = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done, found in enumerate(pool.map(_try_size, paths), start=1):
-            if isinstance(found, str):
-                unreadable[Path(paths[done - 1])] = found
-            else:
-                sizes.append(found)
-            progress("Checking images", done, len(paths))
-    return sizes, unreadable
+        for size in pool.map(_try_size, paths):
+            found.append(size)
+            progress("Checking images", len(found), len(paths))
+    return pd.Series(found, dtype=object)
 
 
 def _try_size(path: str) -> tuple[int, int] | str:
-    """The size of an image, or why it cannot be read."""
     try:
         return image_size(path)
     except OSError as error:
         return why_unreadable(path, error)
 
 
-def describe_unreadable(unreadable: Mapping[Path, str], at_most: int = 3) -> str:
+def describe_unreadable(unreadable: Mapping[Path, str]) -> str:
     """Some files that cannot be read, each for another reason, and the reasons."""
-    examples: dict[str, Path] = {}
-    for path, reason in unreadable.items():
-        examples.setdefault(reason, path)
-    some = list(examples.items())[:at_most]
-    return "; ".join(f"{path} ({reason})" for reason, path in some)
+    examples = pd.Series(unreadable).drop_duplicates().head(3)
+    return "; ".join(f"{path} ({reason})" for path, reason in examples.items())
 
 
 def _missing_images(root: Path, table: pd.DataFrame) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Which images train and which validate, and whether copies of one photograph are in both."""
 
+import math
+
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
@@ -29,9 +31,10 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
     Args:
         table: image table with ``label``, ``subset`` and ``photo``.
         how: ``random``, a stratified fifth of all images, those of a test folder too (the
-            published protocol); ``official``, the data set's own folders, training against
-            validation, or against test where there is no other; ``photo``, about a fifth of every
-            class, in images and in photographs, with no photograph in both.
+            published protocol), but at least as many as there are classes; ``official``, the data
+            set's own folders, training against validation, or against test where there is no
+            other; ``photo``, about a fifth of every class, in images and in photographs, with no
+            photograph in both.
         seed: of the random choice; ``official`` has none.
 
     Returns:
@@ -152,8 +155,10 @@ def _random(table: pd.DataFrame, seed: int) -> pd.Series:
             f"Class {smallest.idxmin()} has a single image, too few to split.",
             "Add images to it or remove the class.",
         )
+    # With fewer than there are classes, not every class could have one.
+    n_valid = max(math.ceil(VALID_FRACTION * len(table)), table.label.nunique())
     _, valid = train_test_split(
-        table.index, test_size=VALID_FRACTION, stratify=table.label, random_state=seed
+        table.index, test_size=n_valid, stratify=table.label, random_state=seed
     )
     return _parts(table, valid)
 

@@ -99,6 +99,7 @@ class Predictor:
         self.calibration, self.reference = calibration, reference
         self.tta, self.min_confidence, self.full_precision = tta, min_confidence, full_precision
         self.batch_size = prediction_batch_size(self.device, size)
+        self.files = ImageReader(size, crop)
         stats = normalization(arch)
         self._mean, self._std = stats.mean.to(self.device), stats.std.to(self.device)
 
@@ -234,12 +235,12 @@ class Predictor:
         """
         names = map(str, paths)
         chunks = iter(lambda: list(itertools.islice(names, self.batch_size)), [])
-        for pictures in (reader or self._reader()).batches(chunks):
+        for pictures in (reader or self.files).batches(chunks):
             yield self.predict(pictures)
 
     def read(self, paths: Sequence[str | Path]) -> PictureBatch:
         """Images as the network sees them, and those that cannot be read."""
-        return self._reader().read(paths)
+        return self.files.read(paths)
 
     def predict(self, pictures: PictureBatch) -> PredictedBatch:
         """Predict images that are decoded already, at the size and crop of the model.
@@ -296,9 +297,6 @@ class Predictor:
         nearest = self.reference.table.path.to_numpy()[rows]
         return distance, distance > self.calibration.distance_threshold, nearest
 
-    def _reader(self) -> ImageReader:
-        return ImageReader(self.size, self.crop)
-
     def _probabilities(self, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
         """Probabilities and logits, float64 (n, classes), and features (n, d)."""
         if not len(pixels):
@@ -316,7 +314,7 @@ class Predictor:
     def _table(
         self, pictures: PictureBatch, probabilities: np.ndarray, features: torch.Tensor
     ) -> pd.DataFrame:
-        confidence = probabilities.max(axis=1) if len(probabilities) else np.empty(0)
+        confidence = probabilities.max(axis=1)
         flag = np.where(confidence < self.min_confidence, UNCERTAIN, "").astype(object)
         compared = {}
         if (found := self.distances(features)) is not None:

@@ -299,13 +299,12 @@ _RESIZED = ("relative_position", "pos_embed", "attn_mask")  # what depends on th
 
 
 def _check_fit(path: Path, state: Mapping, expected: Mapping, free: tuple[str, ...]) -> None:
-    def matters(key: str) -> bool:
-        return not any(part in key for part in free)
-
-    missing = [key for key in expected.keys() - state.keys() if matters(key)]
-    unknown = [key for key in state.keys() - expected.keys() if matters(key)]
-    common = expected.keys() & state.keys()
-    misshapen = [k for k in common if matters(k) and expected[k].shape != state[k].shape]
+    own, given = (
+        {k: v.shape for k, v in tensors.items() if not any(part in k for part in free)}
+        for tensors in (expected, state)
+    )
+    missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
+    misshapen = [key for key in own.keys() & given.keys() if own[key] != given[key]]
     if missing or unknown or misshapen:
         raise DataError(
             f"{path} does not fit the architecture: of its {len(expected)} tensors {len(missing)} "

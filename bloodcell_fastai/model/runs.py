@@ -228,8 +228,8 @@ class Run:
 
     def absolute(self, table: pd.DataFrame) -> pd.DataFrame:
         """``table`` with its paths below :attr:`root`."""
-        root, columns = self.root, [name for name in PATH_COLUMNS if name in table]
-        return table.assign(**{c: [str(root / path) for path in table[c]] for c in columns})
+        root = self.root
+        return table.assign(**table.filter(PATH_COLUMNS).map(lambda path: str(root / path)))
 
     def moved_to(self, root: Path) -> "Run | None":
         """This run with its images under ``root``, if they are there and gone from where they
@@ -293,10 +293,13 @@ class Run:
             if self.finished:
                 self._checkpoint.unlink(missing_ok=True)
             owner = self.path / ".owner"
-            stack.callback(_try_unlink, owner)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
-            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}")
-            yield
+            try:
+                write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+                yield
+            finally:
+                with suppress(OSError):  # what went wrong before matters more
+                    owner.unlink(missing_ok=True)
 
     def _owner(self) -> str:
         try:
@@ -509,9 +512,8 @@ def open_model(
     Raises:
         BloodcellError: there is no run of that name, or the installation lacks the model.
     """
-    if path is None:
-        trained = trained_runs(root)
-        path = trained[-1].path if trained else pretrained_path(DEFAULT_PRETRAINED)
+    if path is None and not trained_runs(root):
+        path = pretrained_path(DEFAULT_PRETRAINED)
     run = Run.open(path, root, data)
     if pretrained_source(run.path):
         (reporter or Reporter()).warn(introduce(run.name, run.config))
@@ -535,18 +537,12 @@ _RECALIBRATE = "Calibrate it anew: rm {1}/calibration.json && bloodcell interpre
 
 def relative_to(table: pd.DataFrame, root: Path) -> pd.DataFrame:
     """``table`` with its paths relative to ``root``, as POSIX paths; others stay as they are."""
-    columns = [name for name in PATH_COLUMNS if name in table]
-    return table.assign(**{name: [_relative(p, root) for p in table[name]] for name in columns})
 
+    def relative(path: str) -> str:
+        file = Path(path)
+        return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
 
-def _relative(path: str, root: Path) -> str:
-    file = Path(path)
-    return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
-
-
-def _try_unlink(path: Path) -> None:
-    with suppress(OSError):  # what went wrong before matters more
-        path.unlink(missing_ok=True)
+    return table.assign(**table.filter(PATH_COLUMNS).map(relative))
 
 
 def _new_folder(root: Path, name: str) -> Path:

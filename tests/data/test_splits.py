@@ -39,6 +39,14 @@ def test_random_is_a_stratified_fifth_of_the_images():
     assert counts(table, "train") == {"A": 32, "B": 32}
 
 
+def test_random_validates_every_one_of_many_small_classes():
+    """A fifth of 66 images is fewer than there are classes."""
+    names = [f"{number:02d}" for number in range(22)]
+    table = split_table(make_table([(name, "", "") for name in names for _ in range(3)]), "random")
+    assert counts(table, "valid") == dict.fromkeys(names, 1)
+    assert counts(table, "train") == dict.fromkeys(names, 2)
+
+
 def test_random_leaks_and_photo_does_not(demo_table):
     assert leakage(split_table(demo_table, "random")) > 0.5
     assert leakage(split_table(demo_table, "photo")) == 0
