@@ -292,7 +292,7 @@ def checkpoint(run: Run, change, tensors=None) -> None:
     """The checkpoint of an unfinished run with its state changed."""
     cut_off(run)
     path = run.path / "last" / "checkpoint.safetensors"
-    learn = make_learner(run.config, run.table, "none")
+    learn = make_learner(run.config.changed(weights="none"), run.table)
     learn.create_opt()
     model = {f"model.{k}": v for k, v in load_file(run.path / "model.safetensors").items()}
     state = {

@@ -136,7 +136,21 @@ class ImageReader:
             return reader
         cached = _load(file, len(paths), size)
         if cached is None and build:
-            cached = reader._load_or_build(file, paths, progress)
+            try:
+                with sole_writer(file.parent):
+                    # Another process may have made it meanwhile.
+                    if (cached := _load(file, len(paths), size)) is None:
+                        _require_room(file.parent, len(paths) * _row_type(size).itemsize)
+                        reader._build(file, paths, progress)
+                        cached = _load(file, len(paths), size)
+            except OSError as error:  # images are decoded as they come
+                warnings.warn(
+                    f"NO CACHE: decoded images cannot be kept in {file.parent} "
+                    f"({error.strerror or error}). They are decoded again in every epoch, which "
+                    "takes longer. $BLOODCELL_CACHE can name another folder.",
+                    CacheWarning,
+                    stacklevel=2,
+                )
         if cached is not None:
             reader._cached = cached
             reader._rows = {path: row for row, path in enumerate(paths)}
@@ -218,28 +232,6 @@ class ImageReader:
         rows = np.array(pictures, dtype=_row_type(self.size))
         pixels = torch.from_numpy(rows["pixels"]).permute(0, 3, 1, 2)
         return PictureBatch(readable, pixels, rows["box"], rows["has_cell"], unreadable)
-
-    def _load_or_build(
-        self, file: Path, paths: Sequence[str], progress: Progress
-    ) -> np.ndarray | None:
-        """The cache, made if no other process has made it meanwhile; None, with a warning, if it
-        cannot be kept."""
-        try:
-            with sole_writer(file.parent):
-                if (cached := _load(file, len(paths), self.size)) is None:
-                    _require_room(file.parent, len(paths) * _row_type(self.size).itemsize)
-                    self._build(file, paths, progress)
-                    cached = _load(file, len(paths), self.size)
-                return cached
-        except OSError as error:  # images are decoded as they come
-            warnings.warn(
-                f"NO CACHE: decoded images cannot be kept in {file.parent} "
-                f"({error.strerror or error}). They are decoded again in every epoch, which takes "
-                "longer. $BLOODCELL_CACHE can name another folder.",
-                CacheWarning,
-                stacklevel=3,
-            )
-            return None
 
     def _build(self, file: Path, paths: Sequence[str], progress: Progress) -> None:
         row_type = _row_type(self.size)

@@ -79,33 +79,24 @@ class Checkpoint(BaseModel):
         """Put the optimizer's state into ``learn``; after freezing, which clears it."""
         learn.create_opt()
         state: list[dict] = [dict(entry) for entry in self.optimizer.state]
-        for key, value in self._tensors.items():
-            if key.startswith("opt."):
-                found = re.fullmatch(r"opt\.([0-9]{1,8})\.(.+)", key)
-                if not found or int(found[1]) >= len(state):
-                    raise _unusable(self._path, f"{key[:40]} belongs to no parameter")
-                state[int(found[1])][found[2]] = value
-        self._check(learn.opt, state)
-        learn.opt.load_state_dict({"state": state, "hypers": self.optimizer.hypers})
-
-    def _check(self, optimizer, state: list[dict]) -> None:
-        """Refuse a state that is not of ``optimizer``, before its first step fails."""
-        hypers = [set(entry) for entry in self.optimizer.hypers]
-        if hypers != [set(entry) for entry in optimizer.hypers]:
+        hypers, parameters = self.optimizer.hypers, [each[0] for each in learn.opt.all_params()]
+        if [set(entry) for entry in hypers] != [set(entry) for entry in learn.opt.hypers]:
             raise _unusable(self._path, "hypers are those of another optimizer")
-        parameters = [entry[0] for entry in optimizer.all_params()]
         if len(state) != len(parameters):
             raise _unusable(self._path, f"it has {len(state)} parameters, unlike the model")
-        for parameter, entry in zip(parameters, state, strict=True):
-            for name, value in entry.items():
-                shape = torch.Size() if name == "step" else parameter.shape
-                # torch's fused step trusts these shapes and would read beyond their end.
-                if torch.is_tensor(value) and not (
-                    value.shape == shape and value.is_floating_point()
-                ):
-                    raise _unusable(
-                        self._path, f"a {name[:40]} has another shape than its parameter"
-                    )
+        for key, value in self._tensors.items():
+            if not key.startswith("opt."):
+                continue
+            found = re.fullmatch(r"opt\.([0-9]{1,8})\.(.+)", key)
+            if not found or int(found[1]) >= len(state):
+                raise _unusable(self._path, f"{key[:40]} belongs to no parameter")
+            index, name = int(found[1]), found[2]
+            shape = torch.Size() if name == "step" else parameters[index].shape
+            # torch's fused step trusts these shapes and would read beyond their end.
+            if value.shape != shape or not value.is_floating_point():
+                raise _unusable(self._path, f"a {name[:40]} has another shape than its parameter")
+            state[index][name] = value
+        learn.opt.load_state_dict({"state": state, "hypers": hypers})
 
 
 def write_checkpoint(path: Path, learn: Learner, epochs_done: int, best: float, wait: int) -> None:

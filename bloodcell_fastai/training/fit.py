@@ -63,7 +63,6 @@ def phases(config: ResolvedConfig) -> list[Phase]:
 def make_learner(
     config: ResolvedConfig,
     table: pd.DataFrame,
-    weights: str | None = None,
     cache: bool = True,
     progress: Progress = no_progress,
 ) -> Learner:
@@ -75,7 +74,6 @@ def make_learner(
     Args:
         config: the run's options.
         table: its split image table.
-        weights: in place of the config's.
         cache: decode all images once and keep them; see ``blood_dls``.
         progress: told how far the decoding has come.
     """
@@ -84,7 +82,7 @@ def make_learner(
     n_train = int((table.part == "train").sum())
     config = config.changed(bs=min(config.bs, max(n_train // world_size(), 1)))
     dls = config_dls(table, config, cache, progress)
-    return blood_learner(dls, weights=config.weights if weights is None else weights)
+    return blood_learner(dls, weights=config.weights)
 
 
 def resolve(config: ResolvedConfig, learn: Learner) -> ResolvedConfig:

@@ -110,7 +110,7 @@ def train_table(
     with run.lock():
         try:
             with _warnings_told(reporter) as told:
-                learn = make_learner(resolved, table, None, not dry_run, reporter.progress)
+                learn = make_learner(resolved, table, not dry_run, reporter.progress)
             # The report shows those of the weights; another fold may have told them.
             of_weights = (str(each) for each in told if isinstance(each, WeightsWarning))
             known = tuple(dict.fromkeys((*resolved.warnings, *of_weights)))
@@ -162,12 +162,13 @@ def resume_run(run: Run, reporter: Reporter, **changes: Any) -> Run:
                 f"See it: bloodcell interpret {run.name}. Train on from its weights: {again}",
             )
         checkpoint = run.load_last()
-        initial = "none" if checkpoint else None  # the checkpoint brings all weights
         here = {name: changes.get(name, getattr(run.asked, name)) for name in ("device", "workers")}
+        if checkpoint:  # it brings all weights
+            here["weights"] = "none"
         config = run.config.changed(**here)
         # It was told of its weights when it began.
         with _warnings_told(reporter, but=WeightsWarning):
-            learn = make_learner(config, run.table, initial, progress=reporter.progress)
+            learn = make_learner(config, run.table, progress=reporter.progress)
         done = checkpoint.epochs_done if checkpoint else 0
         reporter.say(f"Resuming {run.name} after epoch {done} of {config.epochs}.")
         complete(learn, run, reporter)
