@@ -308,18 +308,18 @@ def _without_links(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
         folder, name = os.path.split(path)
         return f"{real_folder(folder)}{os.sep}{name}"
 
-    files = table.path.map(real)
-    for _, same in table[files.duplicated(keep=False)].groupby(files):
+    table = table.assign(file=table.path.map(real))
+    for _, same in table[table.file.duplicated(keep=False)].groupby("file"):
         if same.label.nunique() > 1:
             first, other = same.drop_duplicates("label").path[:2]
             raise DataError(
                 f"One image has two labels: {first} and {other} are the same file.",
                 "Remove the link that is wrong.",
             )
-    # A file before the links to it: sorted last, dropped first.
-    by_link = (files != table.path).sort_values(kind="stable").index
-    kept = files[by_link].drop_duplicates().index.sort_values()
-    return table.loc[kept].reset_index(drop=True), len(table) - len(kept)
+    # A file before the links to it: what comes later is dropped.
+    by_link = table.iloc[(table.file != table.path).argsort(kind="stable")]
+    kept = by_link.drop_duplicates("file").sort_index()
+    return kept.drop(columns="file").reset_index(drop=True), len(table) - len(kept)
 
 
 def _class_root(root: Path) -> Path:

@@ -69,7 +69,10 @@ class BatchDL(TfmdDL):
         if self.reader is None or not isinstance(table, pd.DataFrame):
             yield from super().create_batches(samps)
             return
-        paths, targets = table.path.to_numpy(), self._targets()
+        paths, targets = table.path.to_numpy(), None
+        if len(self.dataset.tls) > 1:  # they have labels
+            numbers = table.label.map(dict(self.dataset.vocab.o2i))
+            targets = torch.tensor(numbers.to_numpy(np.int64))
         # Not a list: for show_batch(unique=True) fastai draws the same item without end.
         chunks, same = tee(np.array(chunk) for chunk in self.chunkify(iter(samps)))
         batches = self.reader.batches(paths[chunk] for chunk in same)
@@ -77,13 +80,6 @@ class BatchDL(TfmdDL):
             require_readable(batch)
             images = TensorImage(batch.pixels)
             yield (images,) if targets is None else (images, TensorCategory(targets[chunk]))
-
-    def _targets(self) -> torch.Tensor | None:
-        """The class numbers of all items; None where the items have no labels."""
-        if len(self.dataset.tls) < 2:
-            return None
-        numbers = self.dataset.items.label.map(dict(self.dataset.vocab.o2i))
-        return torch.tensor(numbers.to_numpy(np.int64))
 
 
 def blood_dls(

@@ -4,6 +4,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,20 +150,15 @@ def load_weights(model: TimmModel, path: Path, classes: Sequence[str] = ()) -> N
             "Was the config edited? Copy the run again, with all its files.",
         )
     _check_fit(path, state, model.state_dict(), free=())
-    if classes and (own := _own_classes(path)) is not None and own != list(classes):
+    own = None
+    with safe_open(path, framework="pt") as file, suppress(KeyError, ValueError, RecursionError):
+        own = json.loads((file.metadata() or {})["classes"])
+    if classes and own is not None and own != list(classes):
         raise DataError(
             f"classes in config.json are not those of {path}.",
             f"Was the config edited? The weights are for {str(own)[:200]}, in this order.",
         )
     model.load_state_dict(state)
-
-
-def _own_classes(path: Path) -> list | None:
-    with safe_open(path, framework="pt") as file:
-        try:
-            return json.loads((file.metadata() or {})["classes"])
-        except (KeyError, ValueError, RecursionError):
-            return None
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -268,11 +264,9 @@ def _size_hint(arch: str, size: int) -> str:
     below = size // 32 * 32
     fitting = []
     for candidate in (below, below + 32):
-        try:
+        with suppress(AssertionError, RuntimeError, ValueError, ZeroDivisionError):
             _try_forward(create_sized(arch, 2, candidate)[0], candidate)
             fitting.append(str(candidate))
-        except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
-            continue
     if not fitting:
         return "Use a multiple of 32."
     return f"Use `size` {' or '.join(fitting)} (multiples of 32)."

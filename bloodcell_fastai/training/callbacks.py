@@ -220,11 +220,10 @@ class StopOnSignal(Callback):
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # nobody else may listen
-            found = {number: signal.getsignal(number) for number in self.signals}
-            # What is ignored, as by a shell in the background, stays so.
-            self.handlers = {n: old for n, old in found.items() if old is not signal.SIG_IGN}
-        for number in self.handlers:
-            signal.signal(number, self._receive)
+            for number in self.signals:
+                # What is ignored, as by a shell in the background, stays so.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error):

@@ -1,7 +1,5 @@
 """From batches to a fastai Learner on a timm model."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fastai.callback.channelslast import ChannelsLast
@@ -85,7 +83,14 @@ def blood_learner(
     n_out = len(dls.vocab)
     model, initial_weights = load_model(arch, n_out, size, weights)
     pretrained = initial_weights != "none"
-    with _registered(model) as build:
+
+    def build(pretrained: bool) -> nn.Module:
+        return model
+
+    # vision_learner ignores its argument ``cut`` and takes the way to make a body from fastai's
+    # registry of architectures alone.
+    model_meta[build] = {"cut": TimmBody, "split": split_parameters}
+    try:
         learn = vision_learner(
             dls,
             build,
@@ -99,28 +104,12 @@ def blood_learner(
             opt_func=opt_func,
             **kwargs,
         )
+    finally:
+        del model_meta[build]
     learn.arch, learn.size, learn.crop = arch, size, own.get("crop", "frame")
     learn.initial_weights = initial_weights
     learn.recorder.train_metrics = True
     return learn.add_cbs([ChannelsLast(), *precision_callback(dls.device)])
-
-
-@contextmanager
-def _registered(model: nn.Module) -> Iterator[Callable]:
-    """A function that gives ``model``, known to fastai for as long as the block lasts.
-
-    ``vision_learner`` ignores its argument ``cut`` and takes the way to make a body from
-    fastai's registry of architectures alone.
-    """
-
-    def build(pretrained: bool) -> nn.Module:
-        return model
-
-    model_meta[build] = {"cut": TimmBody, "split": split_parameters}
-    try:
-        yield build
-    finally:
-        del model_meta[build]
 
 
 def split_parameters(model: nn.Sequential) -> list[list[nn.Parameter]]:
