@@ -7,7 +7,7 @@ that declaration.
 import os
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,8 +21,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from .errors import UsageError
-
-T = TypeVar("T", bound="Config")
 
 DEFAULT_ARCH = "maxvit_nano_rw_256.sw_in1k"
 MAX_BATCH_PIXELS = 2**32  # 52 GB as float32 numbers of three channels
@@ -150,7 +148,7 @@ class Config(BaseModel):
             )
         return self
 
-    def changed(self: T, **changes: Any) -> T:
+    def changed(self, **changes: Any) -> Self:
         """A copy with other values.
 
         Raises:

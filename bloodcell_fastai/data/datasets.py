@@ -136,10 +136,7 @@ def open_dataset(
             source, reason = "demo", f" {error.message}"
     if str(source) != "demo":
         return read_folder(_as_folder(Path(source), home, progress), progress)
-    folder = home / "demo"
-    if not folder.is_dir():
-        with sole_writer(home):
-            folder = folder if folder.is_dir() else make_demo(folder)
+    folder = _made_once(home / "demo", make_demo)
     return read_folder(folder, progress, (f"DEMO DATA: drawn by code, not photographed.{reason}",))
 
 
@@ -265,10 +262,16 @@ def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
             f"{path} is neither a folder nor a zip.", "Give a zip or a folder with classes."
         )
     target = home / f"{path.stem[:100]}-{content_key(path)}"
-    if target.is_dir():
-        return target
-    with sole_writer(home):
-        return target if target.is_dir() else unpack(path, target, progress)
+    return _made_once(target, lambda folder: unpack(path, folder, progress))
+
+
+def _made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that one process makes, if it is not there, while others wait for it."""
+    if not folder.is_dir():
+        with sole_writer(folder.parent):
+            if not folder.is_dir():
+                make(folder)
+    return folder
 
 
 def _is_data(path: Path) -> bool:

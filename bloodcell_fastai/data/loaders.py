@@ -24,6 +24,7 @@ from fastai.vision.all import (
     TfmdDL,
     Transform,
 )
+from timm.models import PretrainedCfg
 
 from ..config import DEFAULT_ARCH, ResolvedConfig
 from ..device import pick_device, prediction_batch_size
@@ -204,10 +205,8 @@ class Crop(Transform):
 
 def normalization(arch: str) -> Normalize:
     """fastai's ``Normalize`` with the mean and standard deviation the timm model expects."""
-    config = timm.get_pretrained_cfg(arch)
-    if config is None:
-        # A name timm knows without its own numbers; create_model falls back to these.
-        return Normalize.from_stats(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    # Of a name that timm knows without numbers of its own create_model takes the defaults.
+    config = timm.get_pretrained_cfg(arch) or PretrainedCfg()
     return Normalize.from_stats(config.mean, config.std)
 
 

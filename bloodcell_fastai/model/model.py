@@ -321,6 +321,6 @@ def _why_no_pretrained(arch: str) -> str | None:
         url = hf_hub_url(config.hf_hub_id, SAFETENSORS_SINGLE_FILE)
         get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
     except Exception as error:  # the hub's client has changed its HTTP library, and its errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"Hugging Face cannot be reached ({reason})."
     return None
