@@ -74,6 +74,12 @@ def disk_error(error: OSError) -> BloodcellError:
     return BloodcellError(f"{error.strerror or error}{where}", hint)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory is full, for which torch has a class on CUDA only."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(each in str(error).lower() for each in words)
+
+
 def printable(text: str) -> str:
     """``text`` with control characters and undecodable bytes written as escapes.
 

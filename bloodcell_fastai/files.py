@@ -64,8 +64,9 @@ def _beside(path: Path) -> Iterator[Path]:
         finally:
             _remove(temporary)
     except OSError as error:
-        # A full disk does not say where it is, and that name tells a user nothing.
-        if str(error.filename or temporary) == str(temporary):
+        # A full disk does not say where it is, and that name tells a user nothing. An error without
+        # a number is nothing but its text, which a name would replace.
+        if error.errno and str(error.filename or temporary) == str(temporary):
             error.filename = str(path)
         raise
 

@@ -15,13 +15,12 @@ from fastai.vision.all import Learner
 from ..data.cache import ImageReader, PictureBatch
 from ..data.loaders import normalization
 from ..device import autocast, pick_device, prediction_batch_size
-from ..errors import BloodcellError, DataError, UsageError
+from ..errors import BloodcellError, DataError, UsageError, is_out_of_memory
 from .calibration import Calibration, Reference, softmax
 from .model import TimmModel, load_model, load_weights, timm_model
 from .runs import Run
 
 UNCERTAIN, UNLIKE, NO_CELL = "uncertain", "unlike training", "no cell"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ class Predictor:
             try:
                 results.append(self._forward(part))
             except RuntimeError as error:
-                if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+                if not is_out_of_memory(error):
                     raise
                 self._halve(len(part))
                 results.append(self.forward(part))

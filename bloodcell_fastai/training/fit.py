@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import pandas as pd
-import torch
 from fastai.vision.all import Learner, set_seed
 
 from .. import __version__
@@ -20,7 +19,7 @@ from ..distributed import (
     wait_for_all,
     world_size,
 )
-from ..errors import BloodcellError, UsageError
+from ..errors import BloodcellError, UsageError, is_out_of_memory
 from ..files import atomic_path
 from ..model.model import check_arch
 from ..model.runs import Run
@@ -189,10 +188,7 @@ def _explained(run: Run, config: ResolvedConfig) -> Iterator[None]:
         with lost_peers_explained(f"Continue, started as before: {run.resume_command}"):
             yield
     except (RuntimeError, MemoryError, ValueError) as error:
-        # torch has a class for it on a device only; on the CPU it names its allocator.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-            "DefaultCPUAllocator" in str(error)
-        ):
+        if is_out_of_memory(error):
             raise BloodcellError(
                 f"No memory left for {config.bs} images of {config.size} px at once, in "
                 f"{_where(run)}.",

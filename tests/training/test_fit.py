@@ -165,6 +165,26 @@ def test_a_batch_has_no_more_images_than_the_training_part(table, tmp_path):
     assert len(run.history) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("full"),
+        RuntimeError("MPS backend out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_full_memory_is_explained_in_a_fit_and_in_a_dry_run(table, tmp_path, error):
+    class Fill(Callback):
+        def before_batch(self):
+            raise error
+
+    learn, run = start(tmp_path, table, epochs=1)
+    learn.add_cb(Fill())
+    for use in (lambda: fit(learn, run), lambda: estimate_seconds(learn, run)):
+        with pytest.raises(BloodcellError, match="No memory left for 16 images of 64 px"):
+            use()
+
+
 def poison_weights(learn):
     with torch.no_grad():
         next(timm_model(learn).parameters()).fill_(float("nan"))
