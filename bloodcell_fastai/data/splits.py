@@ -99,9 +99,9 @@ def leakage(table: pd.DataFrame) -> float | None:
         table: image table with ``photo`` and ``part``.
 
     Returns:
-        0 to 1; None where no photograph of the two parts is known. Images whose photograph is not known count as
-        photographs of their own: with :func:`count_known` below the number of images the result
-        is a lower bound.
+        0 to 1; None where no photograph of the two parts is known. Images whose photograph is not
+        known count as photographs of their own: with :func:`count_known` below the number of images
+        the result is a lower bound.
 
     Examples:
         >>> from bloodcell_fastai import leakage, open_dataset, split_table

@@ -221,7 +221,8 @@ def external_metrics(external: External, distance: np.ndarray, unlike: np.ndarra
 def describe_external(external: External) -> list[str]:
     """How the classes were matched and what was left out, a sentence each."""
     match, known = external.match, int(external.known.sum())
-    pairs = ", ".join(f"{theirs} as {own}" for theirs, own in match.mapped.items())
+    mapped = match.mapped.items()
+    pairs = ", ".join(own if theirs == own else f"{theirs} as {own}" for theirs, own in mapped)
     lines = [f"Scored: {known:,} images ({pairs})."]
     if match.missing:
         lines.append(

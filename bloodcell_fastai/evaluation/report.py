@@ -67,6 +67,7 @@ def render_report(
         split=SPLIT_DESCRIPTIONS[config.split],
         warnings=all_warnings(config),
         external=external,
+        own=external is not None and external.root == run.root,
         facts=describe_external(external) if external else [],
         bins=CALIBRATION_BINS,
         metrics=metrics,
