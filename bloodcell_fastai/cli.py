@@ -187,10 +187,7 @@ def fit(
     runs: Annotated[Path, _run_option(help="Folder of the runs.")] = Path("runs"),
     resume: Annotated[
         bool,
-        _run_option(
-            "--resume",
-            help="Continue --name, or the newest unfinished run; also elsewhere: --data, --device.",
-        ),
+        _run_option("--resume", help="Continue --name, or the newest unfinished run."),
     ] = False,
     dry_run: Annotated[
         bool, _run_option("--dry-run", help="Only write and print the plan and the time.")

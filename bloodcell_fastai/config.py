@@ -110,7 +110,7 @@ class Config(BaseModel):
     )
     zoom: float = _option("Augmentation", 1.25, "Largest zoom factor, in and out.", ge=1, le=10)
     workers: int = _option(
-        "Run", -1, "Threads that decode images; 0: none, -1: as many as useful.", ge=-1, le=1024
+        "Run", -1, "Decoding threads; 0: none, -1: as many as useful.", ge=-1, le=1024
     )
     device: Text = _option("Run", "auto", "auto, cpu, cuda, cuda:1 or mps.")
 
