@@ -42,6 +42,7 @@ def python_blocks(page: Path) -> list[str]:
 
 
 PUBLIC = bloodcell_fastai.__all__
+SLOW_EXAMPLES = ("cross_validate", "measure_robustness", "train")
 API = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst")}
 MARKDOWN = MarkdownIt().enable("table")
 
@@ -60,7 +61,10 @@ def folder(tmp_path_factory, demo_root, trained) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_EXAMPLES)) for name in PUBLIC],
+)
 def test_the_examples_of_every_public_name(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     found = doctest.DocTestFinder().find(getattr(bloodcell_fastai, name), name, globs={})

@@ -41,6 +41,7 @@ def seconds(step) -> float:
     return time.process_time() - begin
 
 
+@pytest.mark.slow
 def test_thousands_of_images_are_planned_in_bounded_time(tree, tmp_path, capsys):
     config = Config(data=str(tree), arch="resnet18", weights="none", size=32, epochs=1)
     assert seconds(lambda: train(config, tmp_path, "plan", dry_run=True)) < 60

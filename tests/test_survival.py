@@ -432,6 +432,7 @@ def test_killed_while_unpacking(warm, photos, tmp_path):
     print(f"{number // 7} kills")
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_as_long_after_a_kill(warm, photos, tmp_path):
     command = fit(photos, 30, "--patience", 3)
     (whole := tmp_path / "whole").mkdir()

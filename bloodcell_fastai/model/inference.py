@@ -98,7 +98,7 @@ class Predictor:
         self.calibration, self.reference = calibration, reference
         self.tta, self.min_confidence, self.full_precision = tta, min_confidence, full_precision
         self.batch_size = prediction_batch_size(self.device, size)
-        self.files = ImageReader(size, crop)
+        self.reader = ImageReader(size, crop)
         stats = normalization(arch)
         self._mean, self._std = stats.mean.to(self.device), stats.std.to(self.device)
 
@@ -234,12 +234,12 @@ class Predictor:
         """
         names = map(str, paths)
         chunks = iter(lambda: list(itertools.islice(names, self.batch_size)), [])
-        for pictures in (reader or self.files).batches(chunks):
+        for pictures in (reader or self.reader).batches(chunks):
             yield self.predict(pictures)
 
     def read(self, paths: Sequence[str | Path]) -> PictureBatch:
         """Images as the network sees them, and those that cannot be read."""
-        return self.files.read(paths)
+        return self.reader.read(paths)
 
     def predict(self, pictures: PictureBatch) -> PredictedBatch:
         """Predict images that are decoded already, at the size and crop of the model.

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from bloodcell_fastai import BloodcellError, Predictor, Run, export_run
+from bloodcell_fastai.data.cache import ImageReader
 from bloodcell_fastai.data.crop import crop_image
 from bloodcell_fastai.data.images import open_image
 from bloodcell_fastai.model.pretrained import pretrained_path
@@ -35,7 +36,7 @@ def test_it_takes_images_of_any_size_and_number(run, expected, session, tmp_path
     (together,) = session.run(None, {"images": np.stack([crops[0]] * 3)})
     np.testing.assert_allclose(together, probabilities[[0] * 3], atol=atol)
     predictor = Predictor.load(run, device="cpu", full_precision=True)
-    predictor.crop = "frame"
+    predictor.reader = ImageReader(predictor.size, "frame")
     # ONNX Runtime resizes like Pillow but for a level of the odd pixel, which a network that was
     # never trained amplifies: 0.013 was seen.
     atol = 0.05
