@@ -24,6 +24,7 @@ from bloodcell_fastai import BloodcellError, Config, Run, cli
 from bloodcell_fastai.config import ResolvedConfig, flags
 from bloodcell_fastai.errors import UsageError
 from bloodcell_fastai.evaluation import cross_validation, interpretation
+from bloodcell_fastai.model.runs import all_runs
 from bloodcell_fastai.serving import app, export
 from bloodcell_fastai.training import train
 
@@ -318,7 +319,8 @@ def test_random_weights_are_announced_and_remembered(bloodcell, demo_root, tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert "RANDOM WEIGHTS" in done.stderr
-    assert "RANDOM WEIGHTS" in Run.open(root=tmp_path / "runs").config.warnings[0]
+    (run,) = all_runs(tmp_path / "runs")
+    assert "RANDOM WEIGHTS" in run.config.warnings[0]
 
 
 @pytest.mark.slow
