@@ -178,6 +178,13 @@ def test_the_interval_of_independent_photographs_is_wilsons(right):
     assert proportion_ci(correct, pd.Series(range(61))) == pytest.approx(tuple(expected))
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_no_bound_is_outside_of_0_to_1_by_rounding(right):
+    for n in range(1, 300):
+        low, high = proportion_ci(np.full(n, right), pd.Series(range(n)))
+        assert 0 <= low <= right <= high <= 1
+
+
 def test_the_interval_has_a_width_where_all_are_right():
     photos = pd.Series(np.repeat(range(61), np.arange(1, 62)))  # unequal copies
     low, high = proportion_ci(np.ones(len(photos), bool), photos)
