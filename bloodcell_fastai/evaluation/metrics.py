@@ -233,7 +233,7 @@ def proportion_ci(correct: np.ndarray, photos: pd.Series) -> list[float] | None:
     middle = rate + Z95**2 / (2 * n)
     half = Z95 * np.sqrt(rate * (1 - rate) / n + (Z95 / (2 * n)) ** 2)
     low, high = (middle + np.array([-half, half])) / (1 + Z95**2 / n)
-    # Rounding may leave a rate of 0 or 1 just outside of its interval, or a bound outside of 0 to 1.
+    # Rounding may leave the rate just outside of its interval, or a bound outside of 0 to 1.
     return [float(np.clip(low, 0, rate)), float(np.clip(high, rate, 1))]
 
 
