@@ -438,9 +438,10 @@ def _with_flags(text: str) -> str:
 
 def main() -> None:
     """Run the command line; whatever goes wrong becomes two lines and an exit code."""
-    # fastai and torch warn about their own insides, which a user can do nothing about.
+    # fastai, timm and torch warn about their own insides, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", module="timm")
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are listed
     warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
     _accept_any_name()

@@ -237,6 +237,18 @@ def test_arguments_of_the_library_are_shown_as_flags(
     assert fails(command) == (1, [f"Error: {shown}", f"Hint:  {shown}"])
 
 
+def test_what_timm_says_of_its_own_insides_is_not_shown(monkeypatch):
+    """As it does when pbc's weights, of 128 px, are brought to 256 px."""
+    monkeypatch.setattr(sys, "argv", ["bloodcell", "--help"])
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            cli.main()
+        for module in ("timm.layers.interpolate", "mine"):
+            warnings.warn_explicit("slow", UserWarning, "x.py", 1, module)
+    assert len(shown) == 1
+
+
 @pytest.mark.slow
 def test_from_images_to_report(bloodcell, demo_root, lite0_weights, tmp_path):
     """The whole way through the installed command; the figures must agree with one another."""
