@@ -208,11 +208,9 @@ def download_kaggle() -> Path:
         with _limited_requests(answers):
             return Path(kagglehub.dataset_download(KAGGLE_HANDLE))
     except Exception as error:  # kagglehub raises many kinds, also those of its HTTP client
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if not answers and _no_network(error):
-            raise NoNetworkError(
-                f"There is no network to download from ({reason}).", hint
-            ) from None
+            raise NoNetworkError("There is no network to download from.", hint) from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BloodcellError(f"The download from Kaggle failed ({reason}).", hint) from error
 
 
