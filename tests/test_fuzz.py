@@ -23,7 +23,7 @@ from bloodcell_fastai import BloodcellError, Config, Run
 from bloodcell_fastai.config import ResolvedConfig
 from bloodcell_fastai.data.archives import content_key, unpack
 from bloodcell_fastai.data.duplicates import known_photos, with_photos
-from bloodcell_fastai.data.images import image_size, open_image
+from bloodcell_fastai.data.images import inspect_image, open_image
 from bloodcell_fastai.errors import printable
 from bloodcell_fastai.evaluation.interpretation import read_metrics
 from bloodcell_fastai.files import read_table, write_table
@@ -308,7 +308,7 @@ def test_lists_of_images(folder, lines):
     (folder / "list.txt").write_bytes(b"\n".join(lines))
     for name in find_images([folder / "list.txt"]):
         with pytest.raises(OSError, match=r"."):
-            image_size(name)
+            inspect_image(name)
 
 
 @given(pattern=st.text(st.sampled_from("ab*?[]{}/.\\~!-") | st.characters(), max_size=20))
@@ -384,7 +384,7 @@ def test_images(folder, kind):
     def read_it(content):
         path = folder / "x.jpg"
         path.write_bytes(content)
-        if can(image_size, path):
+        if can(inspect_image, path):
             assert open_image(path).mode == "RGB"
         else:
             assert not can(open_image, path)
