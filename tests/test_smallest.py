@@ -61,6 +61,39 @@ def test_one_image_of_a_class_is_scored(tmp_path):
     assert (external.excluded, result.metrics["n_images"]) == (0, 2)
 
 
+class Warned(SilentReporter):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_a_class_without_validation_images_is_told_and_has_no_scores(tmp_path):
+    """Nor do test images of a class that is not trained on stop the scoring of the others."""
+    data, reporter = tmp_path / "data", Warned()
+    draw(data / "train", 4, classes="ABC")
+    draw(data / "val", 2, (41, 30), "AB")
+    draw(data / "test", 2, (42, 30), "ABD")
+    run = train(small(data), tmp_path / "runs", "a", reporter=reporter)
+    gaps = [
+        "No validation image of C: nothing measures how well it is recognised.",
+        "Only in test, never in training: D. The model cannot know it; images left out: 2.",
+    ]
+    assert [text for text in reporter.warnings if text in gaps] == gaps
+    assert [text for text in run.config.warnings if text in gaps] == gaps
+    metrics = interpret_run(run).metrics
+    scores = metrics["per_class"]["C"]
+    assert (scores["support"], scores["recall"], scores["auroc"]) == (0, None, None)
+    assert metrics["per_class"]["A"]["auroc"] is not None
+    assert metrics["balanced_accuracy"] is not None
+    assert metrics["test"]["n_images"] == 4
+    page = (run.report / "index.html").read_text()
+    assert all(gap in page for gap in gaps)
+
+
 @pytest.mark.parametrize(
     ("n", "classes", "options", "message"),
     [

@@ -1,7 +1,12 @@
 """Which images train and which validate, and whether copies of one photograph are in both."""
 
 import math
+import re
+import unicodedata
+import warnings
+from typing import Literal
 
+import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
@@ -9,24 +14,105 @@ from ..errors import DataError, UsageError
 
 VALID_FRACTION = 0.2
 _TRIES = 8  # shuffles of which the best balanced fold is taken
-_TRAIN_NAMES = ("train", "training")
-_VALID_NAMES = ("valid", "val", "validation")
-_TEST_NAMES = ("test", "testing")
-_MORE_TEST_NAMES = ("test_simple",)  # Kaggle's repeats photographs of TEST
+SubsetPart = Literal["train", "valid", "test", ""]
+_LONG_WORDS: dict[str, SubsetPart] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation"), "valid"),
+    **dict.fromkeys(("test", "tests", "testing", "holdout"), "test"),
+    # German, French, Italian, Portuguese, Spanish, Turkish, Russian, Chinese
+    **dict.fromkeys(("trainingsdaten", "apprentissage", "entraînement", "addestramento"), "train"),
+    **dict.fromkeys(("treino", "treinamento", "entrenamiento", "eğitim", "обучение"), "train"),
+    **dict.fromkeys(("训练", "训练集", "訓練", "訓練集"), "train"),
+    **dict.fromkeys(("validierung", "validierungsdaten", "validazione", "validação"), "valid"),
+    **dict.fromkeys(("validación", "doğrulama", "валидация", "验证", "验证集", "驗證集"), "valid"),
+    **dict.fromkeys(("testdaten", "teste", "prueba", "pruebas", "тест"), "test"),
+    **dict.fromkeys(("测试", "测试集", "測試", "測試集"), "test"),
+}
+# These mean other things too, beside other words: Tr1 is a kind of T cell. "development" is not
+# here: in medicine a model is trained on the development set.
+_SHORT_WORDS: dict[str, SubsetPart] = {
+    **dict.fromkeys(("tr", "trn"), "train"),
+    **dict.fromkeys(("dev", "eval", "evaluation"), "valid"),
+    "tst": "test",
+}
+_SUBSET_WORDS = _LONG_WORDS | _SHORT_WORDS
+_NOUNS = {
+    *("set", "sets", "data", "dataset", "split"),
+    *("image", "images", "img", "imgs", "photos", "pictures"),
+}
+_FILLERS = {
+    *("final", "prelim", "preliminary", "phase", "simple"),
+    *("internal", "external", "public", "private"),
+    *("original", "raw", "cropped", "resized", "aug", "augmented", "balanced"),
+    *("cell", "cells", "wbc"),
+}
+_GLUED = re.compile(
+    rf"({'|'.join(_SUBSET_WORDS)})({'|'.join(sorted(_NOUNS))})|(train|val|test)([ab])"
+)
+_HOLDOUT = re.compile(r"(?<![^\W_])h(old|eld)[\W_]?out(?![^\W_])", re.IGNORECASE)
 SPLIT_DESCRIPTIONS = {
-    "photo": "by photograph: about a fifth of every class for validation, no photograph in both "
-    "parts; the data set's own test folder, if it has one, is left for the end",
+    "photo": "by photograph: about a fifth of every class for validation, and of each class at "
+    "least one photograph, no photograph in both parts; the data set's own test folder, if it has "
+    "one, is left for the end",
     "official": "the data set's own training and validation folders",
     "random": "a stratified random fifth of the images for validation, whatever their photograph "
     "(the published protocol)",
 }
 
 
+def subset_part(name: str) -> SubsetPart:
+    """What the name of a folder says its images are for; empty where it says nothing of it.
+
+    In any case, with separators, camel case, numbers and words such as "set" or "images". A name
+    with other words counts where these are in front and "data" or the like is at the end, as in
+    ``C-NMC_training_data``: ``Coombs test`` may be a class. One that names two parts, as
+    ``train_test`` does, says nothing.
+
+    Args:
+        name: of the folder, without its parents.
+
+    Examples:
+        >>> from bloodcell_fastai.data.splits import subset_part
+        >>> [subset_part(name) for name in ("01_Training Set", "val2017", "TestA", "testis")]
+        ['train', 'valid', 'test', '']
+    """
+    name = unicodedata.normalize("NFC", name)
+    return _part_of_words(re.sub("(?<=[a-z])(?=[A-Z])", " ", name)) or _part_of_words(name)
+
+
+def _part_of_words(name: str) -> SubsetPart:
+    words: list[str] = []
+    for word in re.findall(r"[^\W\d_]+|\d+", _HOLDOUT.sub("holdout", name).lower()):
+        glued = _GLUED.fullmatch(word)
+        words += filter(None, glued.groups()) if glued else [word]
+    parts = {_SUBSET_WORDS[word] for word in words if word in _SUBSET_WORDS}
+    if len(parts) != 1:
+        return ""
+    first = next(index for index, word in enumerate(words) if word in _SUBSET_WORDS)
+    before, after = words[:first], words[first + 1 :]
+    if not all(map(_adds_nothing, after)):
+        return ""
+    if words[first] in _SHORT_WORDS:
+        said = all(map(str.isdigit, before)) and (not after or after[0] in _NOUNS)
+    else:
+        said = all(map(_adds_nothing, before)) or words[-1] in _NOUNS
+    return parts.pop() if said else ""
+
+
+def _adds_nothing(word: str) -> bool:
+    """Whether a word beside "train" or "test" leaves its meaning as it is."""
+    known = word in _LONG_WORDS or word in _NOUNS or word in _FILLERS
+    return known or word.isdigit() or len(word) == 1
+
+
 def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.DataFrame:
     """Assign every image to training, validation or test.
 
-    The test folder of data with a training folder is for the end: with ``photo`` and, where there
-    is a validation folder too, with ``official`` it neither trains nor chooses the best epoch.
+    A test folder beside other images is for the end: with ``photo`` and, where there is a
+    validation folder too, with ``official`` it neither trains nor chooses the best epoch. Its
+    images of classes that are not trained on are left out.
+
+    A class of the training part may be missing from validation; :func:`describe_gaps` tells.
 
     Args:
         table: image table with ``label``, ``subset`` and ``photo``.
@@ -34,7 +120,7 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
             published protocol), but at least as many as there are classes; ``official``, the data
             set's own folders, training against validation, or against test where there is no
             other; ``photo``, about a fifth of every class, in images and in photographs, with no
-            photograph in both.
+            photograph in both. Of a class of two to four photographs it takes one.
         seed: of the random choice; ``official`` has none.
 
     Returns:
@@ -42,8 +128,8 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
         (unused).
 
     Raises:
-        BloodcellError: ``how`` is none of the three, the table cannot be split that way, or a
-            class would be missing from training or from validation.
+        BloodcellError: ``how`` is none of the three, the table cannot be split that way, there is
+            nothing to validate on, or a class of the validation part is not in training.
 
     Examples:
         >>> from bloodcell_fastai import leakage, open_dataset, split_table
@@ -59,7 +145,8 @@ def split_table(table: pd.DataFrame, how: str = "photo", seed: int = 42) -> pd.D
         raise UsageError(f"how is {how!r}.", f"Use one of: {', '.join(ways)}.")
     result = table.assign(part=ways[how](table, seed))
     _check_classes(result)
-    return result
+    trained = result.label.isin(result.label[result.part == "train"])
+    return result.assign(part=result.part.mask((result.part == "test") & ~trained, ""))
 
 
 def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.DataFrame]:
@@ -68,28 +155,94 @@ def split_folds(table: pd.DataFrame, folds: int, seed: int = 42) -> list[pd.Data
     All images take part; see :func:`held_out` for those that should not.
 
     Raises:
-        BloodcellError: a class has fewer photographs than there are folds.
+        BloodcellError: a class has fewer photographs than there are folds, or would be missing
+            from the training part of one.
     """
     fewest = _require_two_photos(table)
     if fewest.min() < folds:
         raise DataError(
             f"Class {fewest.idxmin()} has {fewest.min()} photographs, too few for {folds} folds.",
-            f"Use `folds={fewest.min()}` or fewer.",
+            f"Use `folds={fewest.min()}` or fewer, add photographs of it, or leave the class out.",
         )
-    return [table.assign(part=_parts(table, valid)) for valid in _grouped_folds(table, folds, seed)]
+    tables = [
+        table.assign(part=_parts(table, valid)) for valid in _grouped_folds(table, folds, seed)
+    ]
+    for number, split in enumerate(tables, start=1):
+        # Photographs of several classes, such as patients, cannot always be spread evenly.
+        if missing := set(split.label) - set(split.label[split.part == "train"]):
+            raise DataError(
+                f"Fold {number} of {folds} holds every photograph of {', '.join(sorted(missing))}, "
+                "of which none is left to train on.",
+                "Use another `seed` or fewer `folds`.",
+            )
+    return tables
+
+
+def describe_gaps(table: pd.DataFrame) -> tuple[str, ...]:
+    """What a split cannot tell of some classes, in sentences for the user.
+
+    Args:
+        table: image table with ``subset`` and ``part``.
+
+    Returns:
+        Classes of the training part without images for validation or in the test set, and those
+        that are left out because they are not trained on.
+
+    Examples:
+        >>> import pandas as pd
+        >>> from bloodcell_fastai.data.splits import describe_gaps
+        >>> rows = [("A", "train", "train"), ("B", "train", "train"), ("A", "val", "valid")]
+        >>> table = pd.DataFrame(rows, columns=["label", "subset", "part"])
+        >>> describe_gaps(table)
+        ('No validation image of B: nothing measures how well it is recognised.',)
+    """
+    train, valid, test = (
+        set(table.label[table.part == part]) for part in ("train", "valid", "test")
+    )
+    unseen = table[(table.part == "") & ~table.label.isin(train)]
+    gaps = (
+        (
+            train - valid - test,
+            "No validation image of {names}: nothing measures how well {it_is} recognised.",
+        ),
+        (
+            train & test - valid,
+            "No validation image of {names}: only the test set measures how well {it_is} "
+            "recognised.",
+        ),
+        (
+            valid - test if test else set(),
+            "No test image of {names}: the score of the test set says nothing of {it}.",
+        ),
+        (
+            set(unseen.label),
+            "Only in {folders}, never in training: {names}. The model cannot know {it}; images "
+            "left out: {n:,}.",
+        ),
+    )
+    return tuple(
+        text.format(
+            names=", ".join(sorted(names)),
+            it="it" if len(names) == 1 else "them",
+            it_is="it is" if len(names) == 1 else "they are",
+            folders=", ".join(sorted(set(unseen.subset) - {""})) or "other folders",
+            n=len(unseen),
+        )
+        for names, text in gaps
+        if names
+    )
 
 
 def kept_split(table: pd.DataFrame, how: str) -> str:
     """``how``, or ``official`` for a ``photo`` split of data with its own validation folder."""
-    names = set(table.subset.str.lower())
-    has_both = names & set(_TRAIN_NAMES) and names & set(_VALID_NAMES)
+    has_both = {"train", "valid"} <= set(_subset_parts(table))
     return "official" if how == "photo" and has_both else how
 
 
 def held_out(table: pd.DataFrame) -> pd.Series:
-    """Which images are in a test folder beside a training folder, bool (images,)."""
-    subset = table.subset.str.lower()
-    return subset.isin([*_TEST_NAMES, *_MORE_TEST_NAMES]) & subset.isin(_TRAIN_NAMES).any()
+    """Which images are in a test folder beside other images, bool (images,)."""
+    test = _subset_parts(table) == "test"
+    return test & ~test.all()
 
 
 def leakage(table: pd.DataFrame) -> float | None:
@@ -170,19 +323,99 @@ def _by_photo(table: pd.DataFrame, seed: int) -> pd.Series:
     return part.reindex(table.index, fill_value="").mask(_test_set(table), "test")
 
 
+def _subset_parts(table: pd.DataFrame) -> pd.Series:
+    """:func:`subset_part` of each image's folder."""
+    return table.subset.map({name: subset_part(name) for name in table.subset.unique()})
+
+
 def _test_set(table: pd.DataFrame) -> pd.Series:
     """Which images of :func:`held_out` to score at the end: no photograph twice."""
-    subset, outside = table.subset.str.lower(), held_out(table)
-    named = outside & subset.isin(_TEST_NAMES)
+    outside = held_out(table)
+    # Kaggle's TEST_SIMPLE repeats photographs of TEST.
+    named = outside & ~table.subset.str.contains("simple", case=False)
     return named if named.any() else outside
 
 
 def _split_photos(table: pd.DataFrame, seed: int) -> pd.Series:
-    n_splits = min(round(1 / VALID_FRACTION), _require_two_photos(table).min())
+    shares = _Shares(table)
+    # scikit-learn makes no more folds than the largest class has photographs.
+    n_splits = min(round(1 / VALID_FRACTION), _require_two_photos(table).max())
     # Where each image is its own photograph the first shuffle is as good as any.
     tries = range(seed, seed + (_TRIES if count_known(table) else 1))
-    folds = [fold for each in tries for fold in _grouped_folds(table, n_splits, each)]
-    return _parts(table, min(folds, key=lambda valid: _imbalance(table, valid)))
+    choices = []
+    for each in tries:
+        for rows in _grouped_folds(table, n_splits, each):
+            valid = np.zeros(shares.photo_of_image.max() + 1, bool)
+            valid[shares.photo_of_image[table.index.get_indexer(rows)]] = True
+            choices.append(shares.mend(valid, each))
+    best = min(choices, key=lambda valid: shares.fault(shares.count(valid)))
+    return _parts(table, table.index[best[shares.photo_of_image]])
+
+
+class _Shares:
+    """What each class of a table has in validation, for a choice of photographs.
+
+    A class should have a fifth of its images and of its photographs there, or one photograph where
+    that is more, as in small classes. A class of few photographs with many copies each may have the
+    one and not the other. A choice is a bool (photographs,), true for validation.
+    """
+
+    def __init__(self, table: pd.DataFrame):
+        self.photo_of_image = pd.factorize(photo_groups(table))[0]
+        codes = {"photo": self.photo_of_image, "label": pd.factorize(table.label)[0]}
+        # A row for each class that a photograph shows, which may be several; sorted by photograph.
+        pairs = pd.DataFrame(codes).groupby(["photo", "label"]).size().reset_index(name="images")
+        self.photo, self.label, self.copies = pairs.to_numpy().T
+        self.total = np.stack([np.bincount(self.label, self.copies), np.bincount(self.label)])
+        self.goal = np.maximum(VALID_FRACTION, 1 / self.total[1])
+        self.small = self.goal > VALID_FRACTION
+        # With unequal copies no photograph of a small class may hold the right share of its images.
+        distance = (pairs.images / self.total[0, self.label] - self.goal[self.label]).abs()
+        nearest = distance.groupby(self.label).min().to_numpy()
+        self.unavoidable = np.stack([np.where(self.small, nearest, 0), np.zeros(len(nearest))])
+
+    def count(self, valid: np.ndarray) -> np.ndarray:
+        """Images and photographs of each class in validation, float64 (2, classes)."""
+        chosen, n = valid[self.photo], self.total.shape[1]
+        copies = np.bincount(self.label, self.copies * chosen, n)
+        return np.stack([copies, np.bincount(self.label, chosen, n)])
+
+    def fault(self, counts: np.ndarray) -> tuple[int, int, float, list[float]]:
+        """How wrong a choice is, to compare: classes that training lacks, classes that validation
+        lacks, how far the worst large class is from its share, how far each small one is, the worst
+        first. So no small class bends the split of the large ones."""
+        off = (np.abs(counts / self.total - self.goal) - self.unavoidable).max(axis=0)
+        return (
+            int((counts[1] == self.total[1]).sum()),
+            int((counts[1] == 0).sum()),
+            float(off[~self.small].max(initial=0)),
+            np.sort(off[self.small])[::-1].tolist(),
+        )
+
+    def mend(self, valid: np.ndarray, seed: int) -> np.ndarray:
+        """Move photographs of small classes to the other side while that is better: folds leave
+        some of them without any in validation."""
+        rng, valid, counts = np.random.default_rng(seed), valid.copy(), self.count(valid)
+        for label in np.flatnonzero(self.small):
+            own, improves = rng.permutation(self.photo[self.label == label]), True
+            while improves:
+                moved = [self._move(one, valid, counts) for one in own]
+                faults = [self.fault(each) for each in moved]
+                best = faults.index(min(faults))
+                improves = faults[best] < self.fault(counts)
+                if improves:
+                    valid[own[best]] ^= True
+                    counts = moved[best]
+        return valid
+
+    def _move(self, photo: int, valid: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The counts with one photograph on its other side."""
+        start, end = np.searchsorted(self.photo, [photo, photo + 1])
+        sign, moved = -1 if valid[photo] else 1, counts.copy()
+        moved[:, self.label[start:end]] += sign * np.stack(
+            [self.copies[start:end], np.ones(end - start)]
+        )
+        return moved
 
 
 def _grouped_folds(table: pd.DataFrame, n_splits: int, seed: int) -> list[pd.Index]:
@@ -192,41 +425,36 @@ def _grouped_folds(table: pd.DataFrame, n_splits: int, seed: int) -> list[pd.Ind
     folds = (StratifiedGroupKFold if grouped else StratifiedKFold)(
         n_splits, shuffle=True, random_state=seed
     )
-    split = folds.split(table.path, table.label, groups=photo_groups(table) if grouped else None)
-    return [table.index[valid] for _, valid in split]
-
-
-def _photos_per_class(table: pd.DataFrame) -> pd.Series:
-    return photo_groups(table).groupby(table.label).nunique()
+    with warnings.catch_warnings():
+        # _Shares sees to the classes with fewer photographs than there are folds.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        groups = photo_groups(table) if grouped else None
+        return [table.index[valid] for _, valid in folds.split(table.path, table.label, groups)]
 
 
 def _require_two_photos(table: pd.DataFrame) -> pd.Series:
     """The photographs of each class, of which it needs two to be in both parts."""
-    counts = _photos_per_class(table)
+    counts = photo_groups(table).groupby(table.label).nunique()
     if counts.min() < 2:
+        label = counts.idxmin()
+        hint = "Add photographs of it, or leave the class out."
+        if (table.label == label).sum() > 1:
+            hint = (
+                "Add photographs of it, leave the class out, or use `split=random` and read its "
+                "score with care."
+            )
         raise DataError(
-            f"Class {counts.idxmin()} has a single photograph, which cannot be on both sides of a "
+            f"Class {label} has a single photograph or patient, which cannot be on both sides of a "
             "split.",
-            "Add photographs of it, or use `split=random` and read its score with care.",
+            hint,
         )
     return counts
 
 
-def _imbalance(table: pd.DataFrame, valid: pd.Index) -> float:
-    """How far the worst class is from a fifth in validation, in images or in photographs.
-
-    A class of few photographs with many copies each can be balanced in one and not in the other.
-    """
-    images = table.label[valid].value_counts() / table.label.value_counts()
-    photos = _photos_per_class(table.loc[valid]) / _photos_per_class(table)
-    fractions = pd.concat([images, photos]).fillna(0)
-    return float((fractions - VALID_FRACTION).abs().max())
-
-
 def _official(table: pd.DataFrame, seed: int) -> pd.Series:
     """``part`` by the names of the folders."""
-    subset = table.subset.str.lower()
-    train, valid, test = subset.isin(_TRAIN_NAMES), subset.isin(_VALID_NAMES), _test_set(table)
+    subset, test = _subset_parts(table), _test_set(table)
+    train, valid = subset == "train", subset == "valid"
     part = train.map({True: "train", False: ""})
     if train.any() and valid.any():
         return part.mask(valid, "valid").mask(test, "test")
@@ -243,18 +471,24 @@ def _parts(table: pd.DataFrame, valid: pd.Index) -> pd.Series:
 
 
 def _check_classes(table: pd.DataFrame) -> None:
-    """Refuse a split whose classes cannot be trained on or validated."""
+    """Refuse a split whose classes cannot be trained on, or without any validation."""
     train = set(table.label[table.part == "train"])
-    valid = set(table.label[table.part == "valid"])
-    if valid - train:
+    valid = table[table.part == "valid"]
+    if set(valid.label) - train:
+        untrained = valid[~valid.label.isin(train)].groupby("label").subset.unique()
+        names = (
+            f"{label} (in {', '.join(sorted(subsets))})" if any(subsets) else label
+            for label, subsets in untrained.items()
+        )
         raise DataError(
-            f"Only in validation, never in training: {', '.join(sorted(valid - train))}.",
-            "Rename the folder to the training class it belongs to, or remove it.",
+            f"Only in validation, never in training: {', '.join(names)}.",
+            "Rename the folder to the training class it belongs to, add images of it to training, "
+            "or remove it.",
         )
     if len(train) < 2:
         raise DataError(
             f"Training needs two classes or more; found {', '.join(sorted(train)) or 'none'}.",
             "Give a folder with one sub-folder per class.",
         )
-    if not valid:
+    if valid.empty:
         raise DataError("No image is left for validation.", "Add images.")

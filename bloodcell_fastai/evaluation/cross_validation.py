@@ -1,5 +1,6 @@
 """``bloodcell fit --folds K``: train K times, so that every photograph validates once."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def cross_validate(
     if (test := held_out(table)).any():
         reporter.say(
             f"Left out of all folds: {test.sum():,} images of the data's own test folder. Score "
-            "them at the end: bloodcell interpret RUN/fold-1 --data DATA --subset TEST"
+            "them at the end: bloodcell interpret RUN/fold-1 --data DATA --subset "
+            + shlex.quote(table.subset[test].iloc[0])
         )
         table = table[~test].reset_index(drop=True)
     tables = split_folds(table, config.folds, config.seed)
