@@ -229,7 +229,7 @@ def images_gone(learn) -> None:
 def broken_decoder(learn) -> None:
     from bloodcell_fastai.data import cache
 
-    def open_image(path):
+    def open_image(path, bits=None):
         raise IndexError("a bug in a decoder")
 
     cache.open_image = open_image

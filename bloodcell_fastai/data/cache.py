@@ -20,9 +20,9 @@ from ..errors import CacheWarning, DataError
 from ..files import atomic_path, sole_writer, user_home
 from ..reporter import Progress, no_progress
 from .crop import crop_image
-from .images import open_image, why_unreadable
+from .images import mean_brightness, open_image, why_unreadable
 
-CACHE_VERSION = 4  # raise it when decode() gives other pixels
+CACHE_VERSION = 5  # raise it when decode() gives other pixels, or more than before
 SPARE_DISK = 2**30  # bytes the cache leaves free
 BATCHES_AHEAD = 2
 CHUNK = 64  # images decoded at a time while the cache is made
@@ -38,11 +38,13 @@ class Picture(NamedTuple):
         pixels: uint8 (size, size, 3), RGB.
         box: the crop in the original image: left, top, right, bottom, in pixels.
         has_cell: whether a white cell was found; true for the crop ``frame``, which looks for none.
+        brightness: the mean of the whole image as it was opened, 0 to 255.
     """
 
     pixels: np.ndarray
     box: tuple[int, int, int, int]
     has_cell: bool
+    brightness: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class PictureBatch:
         pixels: uint8 (n, 3, size, size), RGB, channels last in memory.
         boxes: int32 (n, 4), the crops; see :class:`Picture`.
         has_cell: bool (n,).
+        brightness: float32 (n,), 0 to 255; see :class:`Picture`.
         unreadable: the reason for each path that could not be read.
     """
 
@@ -61,6 +64,7 @@ class PictureBatch:
     pixels: torch.Tensor
     boxes: np.ndarray
     has_cell: np.ndarray
+    brightness: np.ndarray
     unreadable: dict[str, str]
 
     def __len__(self) -> int:
@@ -68,7 +72,11 @@ class PictureBatch:
 
 
 def decode(
-    path: str | Path, size: int, crop: str = "cell", change: Change | None = None
+    path: str | Path,
+    size: int,
+    crop: str = "cell",
+    change: Change | None = None,
+    bits: int | None = None,
 ) -> Picture:
     """Read an image, crop it and resize it to a square, without keeping the aspect ratio.
 
@@ -79,14 +87,16 @@ def decode(
         size: of the square, in pixels.
         crop: ``cell`` or ``frame``, see :func:`~bloodcell_fastai.data.crop.crop_image`.
         change: made to the whole image before it is cropped.
+        bits: what images of 16 bits per sample use of them; see
+            :func:`~bloodcell_fastai.data.images.open_image`.
 
     Raises:
         OSError: the image cannot be read.
     """
-    image = open_image(path)
+    image = open_image(path, bits)
     part, box, has_cell = crop_image(change(image) if change else image, crop)
     pixels = np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
-    return Picture(pixels, box, has_cell)
+    return Picture(pixels, box, has_cell, mean_brightness(image))
 
 
 class ImageReader:
@@ -98,6 +108,7 @@ class ImageReader:
         threads: how many decode; 0: only the caller; None: as many as there are processors,
             at most 8.
         change: see :func:`decode`; a reader with one uses no cache.
+        bits: see :func:`decode`; None: of each image by itself.
     """
 
     def __init__(
@@ -106,8 +117,10 @@ class ImageReader:
         crop: str = "cell",
         threads: int | None = None,
         change: Change | None = None,
+        bits: int | None = None,
     ):
         self.size, self.crop, self.threads, self.change = size, crop, threads, change
+        self.bits = bits
         self._cached: np.ndarray | None = None
         self._rows: dict[str, int] = {}
         self._on_device: torch.Tensor | None = None
@@ -121,6 +134,7 @@ class ImageReader:
         build: bool = False,
         threads: int | None = None,
         progress: Progress = no_progress,
+        bits: int | None = None,
     ) -> "ImageReader":
         """A reader of ``paths`` with the cache of just these files, if there is one.
 
@@ -131,8 +145,8 @@ class ImageReader:
         Raises:
             BloodcellError: an image cannot be read (with ``build``).
         """
-        reader, paths = cls(size, crop, threads), sorted(set(map(str, paths)))
-        if (file := cache_file(paths, size, crop)) is None:
+        reader, paths = cls(size, crop, threads, bits=bits), sorted(set(map(str, paths)))
+        if (file := cache_file(paths, size, crop, bits)) is None:
             return reader
         cached = _load(file, len(paths), size)
         if cached is None and build:
@@ -192,7 +206,12 @@ class ImageReader:
         else:
             pixels = torch.from_numpy(cached["pixels"])
         return PictureBatch(
-            list(paths), pixels.permute(0, 3, 1, 2), cached["box"], cached["has_cell"], {}
+            list(paths),
+            pixels.permute(0, 3, 1, 2),
+            cached["box"],
+            cached["has_cell"],
+            cached["brightness"],
+            {},
         )
 
     def _decode_ahead(self, chunks: Iterable[Sequence[str]]) -> Iterator[PictureBatch]:
@@ -217,7 +236,7 @@ class ImageReader:
     def _try_decode(self, path: str) -> Picture | str:
         """The image, or why it cannot be read."""
         try:
-            return decode(path, self.size, self.crop, self.change)
+            return decode(path, self.size, self.crop, self.change, self.bits)
         except Exception as error:  # a decoder may fail in its own way, or have no memory left
             return why_unreadable(path, error)
 
@@ -231,7 +250,9 @@ class ImageReader:
                 pictures.append(picture)
         rows = np.array(pictures, dtype=_row_type(self.size))
         pixels = torch.from_numpy(rows["pixels"]).permute(0, 3, 1, 2)
-        return PictureBatch(readable, pixels, rows["box"], rows["has_cell"], unreadable)
+        return PictureBatch(
+            readable, pixels, rows["box"], rows["has_cell"], rows["brightness"], unreadable
+        )
 
     def _build(self, file: Path, paths: Sequence[str], progress: Progress) -> None:
         row_type = _row_type(self.size)
@@ -250,6 +271,7 @@ class ImageReader:
                 rows = np.empty(len(batch), row_type)
                 rows["pixels"] = batch.pixels.permute(0, 2, 3, 1).numpy()
                 rows["box"], rows["has_cell"] = batch.boxes, batch.has_cell
+                rows["brightness"] = batch.brightness
                 output.write(rows.tobytes())
                 done += len(batch)
                 progress("Decoding images", done, len(paths))
@@ -287,16 +309,18 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or user_home() / ".cache", "bloodcell_fastai")
 
 
-def cache_file(paths: Sequence[str], size: int, crop: str) -> Path | None:
+def cache_file(paths: Sequence[str], size: int, crop: str, bits: int | None = None) -> Path | None:
     """Where the decoded images of ``paths`` belong: the name changes with the list of files,
-    with the length or time of any, with the size and with the crop. None if a file is missing."""
+    with the length or time of any, with the size, the crop and the bits of 16 that are used. None
+    if a file is missing."""
     names = _digest(*paths)
     try:
         states = [os.stat(path) for path in paths]  # noqa: PTH116 thousands of times: speed
     except OSError:
         return None
     contents = _digest(*(f"{state.st_size} {state.st_mtime_ns}" for state in states))
-    return cache_root() / f"{names}-{size}px_{crop}-{contents}-v{CACHE_VERSION}.npy"
+    seen = f"{size}px_{crop}" + (f"_{bits}bit" if bits else "")
+    return cache_root() / f"{names}-{seen}-{contents}-v{CACHE_VERSION}.npy"
 
 
 def clear_cache() -> int:
@@ -311,7 +335,14 @@ def clear_cache() -> int:
 
 def _row_type(size: int) -> np.dtype:
     """A cached :class:`Picture`."""
-    return np.dtype([("pixels", "u1", (size, size, 3)), ("box", "<i4", (4,)), ("has_cell", "?")])
+    return np.dtype(
+        [
+            ("pixels", "u1", (size, size, 3)),
+            ("box", "<i4", (4,)),
+            ("has_cell", "?"),
+            ("brightness", "<f4"),
+        ]
+    )
 
 
 def _load(file: Path, n_images: int, size: int) -> np.ndarray | None:

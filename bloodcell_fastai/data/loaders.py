@@ -13,8 +13,8 @@ from fastai.vision.all import (
     ColReader,
     DataBlock,
     DataLoaders,
-    ImageBlock,
     IndexSplitter,
+    IntToFloatTensor,
     Normalize,
     PILImage,
     Resize,
@@ -23,6 +23,7 @@ from fastai.vision.all import (
     TensorImage,
     TfmdDL,
     Transform,
+    TransformBlock,
 )
 from timm.models import PretrainedCfg
 
@@ -40,9 +41,10 @@ class BloodImage(PILImage):
     """A PILImage opened by :func:`~bloodcell_fastai.data.images.open_image`."""
 
     @classmethod
-    def create(cls, fn, **kwargs):
+    def create(cls, fn, bits: int | None = None, **kwargs):
         """Open ``fn``, a path, as RGB; anything else as fastai's PILImage does."""
-        return cls(open_image(fn)) if isinstance(fn, str | os.PathLike) else super().create(fn)
+        is_path = isinstance(fn, str | os.PathLike)
+        return cls(open_image(fn, bits)) if is_path else super().create(fn)
 
 
 class BatchDL(TfmdDL):
@@ -95,6 +97,7 @@ def blood_dls(
     device=None,
     cache: bool = True,
     progress: Progress = no_progress,
+    bits: int | None = None,
 ) -> DataLoaders:
     """Batches for training and validation.
 
@@ -113,6 +116,8 @@ def blood_dls(
         cache: decode all images of the table once and keep them for the next time, if the disk
             has room. Without, a cache that is there is still used.
         progress: told how far the decoding has come.
+        bits: what images of 16 bits per sample use of them, ``Dataset.bits``; None: of each image
+            by itself.
 
     Returns:
         fastai ``DataLoaders`` with the attributes ``arch``, ``size`` and ``crop``, and ``reader``,
@@ -144,14 +149,17 @@ def blood_dls(
     classes = list(classes or sorted(set(used.label[used.part == "train"])))
     check_labels(used.label, classes)
     block = DataBlock(
-        blocks=(ImageBlock(cls=BloodImage), CategoryBlock(vocab=classes, sort=False)),
+        blocks=(
+            TransformBlock(type_tfms=Open(bits), batch_tfms=IntToFloatTensor),
+            CategoryBlock(vocab=classes, sort=False),
+        ),
         get_x=ColReader("path"),
         get_y=ColReader("label"),
         splitter=IndexSplitter(used.index[used.part == "valid"]),
         item_tfms=[Crop(crop), Resize(size, method=ResizeMethod.Squish)],
         batch_tfms=[*(augmentation() if batch_tfms is None else batch_tfms), normalization(arch)],
     )
-    reader = ImageReader.open(table.path, size, crop, cache, threads, progress)
+    reader = ImageReader.open(table.path, size, crop, cache, threads, progress, bits)
     device = pick_device() if device is None else torch.device(device)
     reader.move_to(device)
     dls = block.dataloaders(
@@ -187,7 +195,19 @@ def config_dls(
         device=pick_device(config.device),
         cache=cache,
         progress=progress,
+        bits=config.bits,
     )
+
+
+class Open(Transform):
+    """fastai's transform of an ``ImageBlock``, which knows how many bits the images use."""
+
+    def __init__(self, bits: int | None):
+        self.bits = bits
+
+    def encodes(self, x):
+        """The image of a path, or of what fastai makes images of."""
+        return BloodImage.create(x, self.bits)
 
 
 class Crop(Transform):

@@ -227,19 +227,22 @@ def interpret_run(run: Run, stress: bool = False, progress: Progress = no_progre
     check_labels(valid.label, config.classes)
     _require_images(run, table.path[table.part.isin(["valid", "test"])])
     threads = None if config.workers < 0 else config.workers
-    reader = ImageReader.open(table.path, config.size, config.crop, threads=threads)
+    reader = ImageReader.open(
+        table.path, config.size, config.crop, threads=threads, bits=config.bits
+    )
     predictor = Predictor.load(run)
     if predictor.calibration is None:
         run.save_calibration(*calibrate(predictor, table, reader, config.seed))
         predictor = Predictor.load(run)
+    predictor.reader = reader
     result = Evaluation(
-        labelled_predictions(valid, predictor.predict_all(valid.path, reader).table),
+        labelled_predictions(valid, predictor(valid.path)),
         config.classes,
         leakage(table),
         predictor.temperature,
     )
     if (table.part == "test").any():
-        result.metrics["test"] = _score_test(run, predictor, reader)
+        result.metrics["test"] = _score_test(run, predictor)
     if stress:
         images = robustness_images(table, seed=config.seed)
         write_robustness(run, measure_robustness(predictor, images, progress))
@@ -247,13 +250,13 @@ def interpret_run(run: Run, stress: bool = False, progress: Progress = no_progre
     return result
 
 
-def _score_test(run: Run, predictor: Predictor, reader: ImageReader) -> dict:
+def _score_test(run: Run, predictor: Predictor) -> dict:
     """The headline of the run's own test set, or under ``problem`` why there is none."""
     try:
         external = open_test(run)
     except NothingToScore as error:
         return {"problem": error.message}
-    metrics = _score(run, external, predictor, reader)[0].metrics
+    metrics = _score(run, external, predictor)[0].metrics
     names = ("subset", *Scores.model_fields, "macro_f1", "balanced_accuracy", "ece")
     return {"excluded": external.excluded} | {name: metrics[name] for name in names}
 
@@ -290,19 +293,18 @@ def interpret_external(
     """
     run.require_model()
     external, predictor = open_external(run, dataset, subset), Predictor.load(run)
+    predictor.reader = ImageReader(predictor.size, predictor.crop, bits=external.bits)
     result, folder = _score(run, external, predictor)
     return result, external, folder
 
 
-def _score(
-    run: Run, external: External, predictor: Predictor, reader: ImageReader | None = None
-) -> tuple[Evaluation, Path]:
+def _score(run: Run, external: External, predictor: Predictor) -> tuple[Evaluation, Path]:
     """Predict and write the results; the evaluation and the folder."""
     if predictor.calibration is None:
         raise DataError(
             f"Run {run.name} is not calibrated.", f"Calibrate it: bloodcell interpret {run.name}"
         )
-    predicted = predictor.predict_all(external.table.path, reader).table
+    predicted = predictor(external.table.path)
     everything = labelled_predictions(external.table, predicted)
     known, distance = external.known, everything.distance.to_numpy()
     unlike = distance > predictor.calibration.distance_threshold

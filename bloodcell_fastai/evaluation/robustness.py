@@ -128,7 +128,8 @@ def measure_robustness(
     photos = photo_groups(images)
     for kind, strength, setting, unit, change in tasks:
         progress("Robustness", len(rows), len(tasks))
-        reader = ImageReader(predictor.size, predictor.crop, change=change)
+        bits = predictor.reader.bits
+        reader = ImageReader(predictor.size, predictor.crop, change=change, bits=bits)
         predicted = predictor.predict_all(images.path, reader).table.predicted
         correct = predicted.to_numpy() == images.label.to_numpy()
         score = float(correct.mean()), *(proportion_ci(correct, photos) or [])

@@ -13,6 +13,7 @@ import torch
 from fastai.vision.all import Learner
 
 from ..data.cache import ImageReader, PictureBatch
+from ..data.images import NEARLY_BLACK, NEARLY_WHITE
 from ..data.loaders import normalization
 from ..device import autocast, pick_device, prediction_batch_size
 from ..errors import BloodcellError, DataError, UsageError, is_out_of_memory
@@ -20,7 +21,9 @@ from .calibration import Calibration, Reference, softmax
 from .model import TimmModel, load_model, load_weights, timm_model
 from .runs import Run
 
+# The later one stands where several hold.
 UNCERTAIN, UNLIKE, NO_CELL = "uncertain", "unlike training", "no cell"
+BLACK, WHITE = "nearly black", "nearly white"
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,10 @@ class Predictor:
 
         Returns:
             One row per image, in order, with ``path``, ``predicted``, ``confidence``, ``flag``
-            (empty, ``uncertain``, ``unlike training`` or ``no cell``), ``p_<CLASS>``
-            (probabilities, 0 to 1; see :attr:`calibrated`) and, where the run has a reference,
-            ``distance`` to the training images and ``nearest``, the path of the nearest one.
+            (empty, or the last that holds of ``uncertain``, ``unlike training``, ``no cell``,
+            ``nearly black`` and ``nearly white``), ``p_<CLASS>`` (probabilities, 0 to 1; see
+            :attr:`calibrated`) and, where the run has a reference, ``distance`` to the training
+            images and ``nearest``, the path of the nearest one.
 
         Raises:
             BloodcellError: an image cannot be read.
@@ -321,6 +325,8 @@ class Predictor:
             flag[unlike] = UNLIKE
             compared = {"distance": distance, "nearest": nearest}
         flag[~pictures.has_cell] = NO_CELL
+        flag[pictures.brightness < NEARLY_BLACK] = BLACK
+        flag[pictures.brightness > NEARLY_WHITE] = WHITE
         columns = {
             "path": pictures.paths,
             "predicted": np.array(self.classes)[probabilities.argmax(axis=1)],

@@ -84,8 +84,8 @@ class Prediction(BaseModel):
     file: str = Field(description="Name of the file as it was sent.")
     predicted: str = Field(description="The class with the highest probability.")
     confidence: float = Field(description="The probability of that class, 0 to 1.")
-    flag: Literal["", "uncertain", "unlike training", "no cell"] = Field(
-        description="Why the image needs manual review; empty: no reason was found."
+    flag: Literal["", "uncertain", "unlike training", "no cell", "nearly black", "nearly white"] = (
+        Field(description="Why the image needs manual review; empty: no reason was found.")
     )
     probabilities: dict[str, float] = Field(description="Of every class; they sum to 1.")
     distance: float | None = Field(

@@ -24,7 +24,9 @@ from bloodcell_fastai.data.datasets import read_folder
 from bloodcell_fastai.data.duplicates import find_photos
 from bloodcell_fastai.data.images import (
     TOO_LARGE,
-    image_size,
+    UNREAD_SUFFIXES,
+    inspect_image,
+    list_files,
     list_images,
     open_image,
     why_unreadable,
@@ -91,6 +93,18 @@ def animation(path: Path) -> None:
     draw().save(path, save_all=True, append_images=frames, lossless=True)
 
 
+def of_a_phone(path: Path) -> None:
+    """Two JPEGs in one file (MPO): the picture and its depth."""
+    draw().save(path, "MPO", save_all=True, append_images=[draw((0, 0, 0))], quality=95)
+
+
+def jpeg_2000(path: Path, **how) -> None:
+    """Pillow writes it into no file whose name is not UTF-8."""
+    data = io.BytesIO()
+    draw().save(data, "JPEG2000", **how)
+    path.write_bytes(data.getvalue())
+
+
 def with_profile(path: Path) -> None:
     draw().save(path, icc_profile=b"not a real profile", quality=95)
 
@@ -134,9 +148,27 @@ READABLE = {
     "one-pixel.jpg": (lambda p: Image.new("RGB", (1, 1), RED).save(p, quality=95), RED),
     "one-pixel.png": (lambda p: Image.new("RGB", (1, 1), RED).save(p), RED),
     "one-line.bmp": (lambda p: Image.new("RGB", (500, 1), RED).save(p), RED),
+    "windows.jfif": (lambda p: draw().save(p, "JPEG", quality=95), RED),
+    "old.jpe": (lambda p: draw().save(p, "JPEG", quality=95), RED),
+    "phone.jpg": (of_a_phone, RED),
+    "new.avif": (lambda p: draw().save(p, quality=95), RED),
+    "new.jp2": (jpeg_2000, RED),
+    "stream.j2k": (lambda p: jpeg_2000(p, no_jp2=True), RED),
+    "cell001": (lambda p: draw().save(p, "JPEG", quality=95), RED),
+    "png.dat": (lambda p: draw().save(p, "PNG"), RED),
+    "tiff.5": (lambda p: draw().save(p, "TIFF"), RED),
+    "bitmap": (lambda p: draw().save(p, "BMP"), RED),
+    "webp.txt": (lambda p: draw().save(p, "WEBP", lossless=True), RED),
+    "avif-file": (lambda p: draw().save(p, "AVIF", quality=95), RED),
+    "jp2-file": (jpeg_2000, RED),
+    "gif-file": (lambda p: draw().save(p, "GIF"), RED),
     "large.png": (lambda p: Image.new("RGB", (4000, 3000), RED).save(p), RED),
 }
+HEIC_HEAD = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 UNREADABLE = {
+    "cut.heic": lambda p: p.write_bytes(HEIC_HEAD),
+    "heic-file": lambda p: p.write_bytes(HEIC_HEAD),
+    "cut-jpeg": lambda p: p.write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF"),
     "empty.jpg": lambda p: p.touch(),
     "text.jpg": lambda p: p.write_text("no image"),
     "truncated.jpg": lambda p: (
@@ -156,6 +188,18 @@ UNREADABLE = {
     "broken-link.jpg": lambda p: p.symlink_to("gone.jpg"),
     "circle.jpg": lambda p: p.symlink_to(p.name),
     "pipe.jpg": lambda p: os.mkfifo(p),
+}
+# What is neither an image nor named like one that is read, whatever it begins with.
+OTHERS = {
+    "BMI.csv": b"BM,I\n1,2\n",
+    "labels.xml": b"<?xml version='1.0'?><annotation/>",
+    "README": b"GIF is the format.",
+    "empty": b"",
+    "video.mp4": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
+    "slide.svs": b"II*\0\x08\0\0\0",
+    "camera.NEF": b"MM\0*\0\0\0\x08",
+    "stack.czi": b"ZISRAWFILE",
+    "audio.wav": b"RIFF\0\0\0\0WAVE",
 }
 NAMES = [
     "with space.jpg",
@@ -200,6 +244,10 @@ def zoo(tmp_path_factory) -> Path:
     (root / "A" / "other-class").symlink_to(root / SECOND)
     (root / "A" / "circle").symlink_to(root)
     (root / "A" / "linked.png").symlink_to("plain-0.png")
+    (root / "A" / "gone.csv").symlink_to("nowhere")
+    os.mkfifo(root / "A" / "pipe")
+    for name, content in OTHERS.items():
+        (root / "A" / name).write_bytes(content)
     for name in ("Thumbs.db", ".DS_Store", "._plain.jpg", ".hidden.jpg", "notes.txt", "no-suffix"):
         (root / "A" / name).write_bytes(b"\0\x05\x16\x07")
     for name in ("A/.cache", "A/@eaDir/plain.jpg", "__MACOSX/A", "$RECYCLE.BIN", ".git"):
@@ -219,7 +267,7 @@ def test_an_image_is_read_as_a_viewer_shows_it(zoo, name):
     assert image.mode == "RGB"
     seen = image.getpixel((image.width - 1, image.height // 2))
     assert np.abs(np.subtract(seen, READABLE[name][1])).max() <= 6, seen
-    assert min(image_size(zoo / "A" / name)) > 0
+    assert min(inspect_image(zoo / "A" / name)) > 0
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -227,7 +275,7 @@ def test_what_no_viewer_shows_is_unreadable(zoo, name):
 
     def read():
         with pytest.raises(OSError, match=r".") as caught:
-            image_size(zoo / "A" / name)
+            inspect_image(zoo / "A" / name)
         results.append(caught.value)
 
     reader, results = threading.Thread(target=read), []
@@ -264,9 +312,46 @@ def test_the_reason_is_told_without_the_path(tmp_path, monkeypatch, name, reason
         Image.new("RGB", (100, 60 if name == "large.png" else 150)).save(path)
     with pytest.raises(OSError, match=reason) as caught, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image_size(path)
+        inspect_image(path)
     assert reason in (told := why_unreadable(path, caught.value))
     assert str(tmp_path) not in told
+
+
+def test_heic_without_its_plugin_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images._formats.cache_clear()
+    (tmp_path / "a.jpg").write_bytes(HEIC_HEAD)
+    (tmp_path / "b.jpg").write_text("text")
+    try:
+        with pytest.raises(OSError, match="pip install pillow-heif"):
+            inspect_image(tmp_path / "a.jpg")
+        with pytest.raises(OSError, match="cannot identify image file"):
+            inspect_image(tmp_path / "b.jpg")
+    finally:
+        images._formats.cache_clear()
+
+
+def test_heic_with_its_plugin(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    draw(size=(64, 64)).save(tmp_path / "a", "HEIF", quality=95)
+    assert list_images(tmp_path) == [tmp_path / "a"]
+    image = open_image(tmp_path / "a")
+    assert np.abs(np.subtract(image.getpixel((60, 30)), RED)).max() <= 6
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-200])
+    with pytest.raises(OSError, match="a: "):
+        inspect_image(tmp_path / "a")
+
+
+def test_what_an_audit_wrote_beside_the_images_is_passed_over(tmp_path):
+    for name in ("audit.json", "labels.csv"):
+        (tmp_path / name).write_text("{}")
+    draw().save(tmp_path / "pair.png")
+    (tmp_path / "A").mkdir()
+    draw().save(tmp_path / "A" / "1.png")
+    draw().save(tmp_path / "A" / "contact-sheet.png")
+    found, others = list_files(tmp_path)
+    assert found == [tmp_path / "A" / "1.png"]
+    assert others == [tmp_path / "audit.json", tmp_path / "labels.csv"]
 
 
 def test_an_image_is_turned_as_its_exif_says(tmp_path):
@@ -278,7 +363,14 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path):
 
 def test_a_folder_lists_its_images_alone(zoo):
     """Neither hidden files nor those of the system, whatever is behind a link to a folder."""
-    names = {path.relative_to(zoo / "A").as_posix() for path in list_images(zoo / "A")}
+    found, others = list_files(zoo / "A")
+    assert found == list_images(zoo / "A")
+    assert others == sorted(others)
+    left = {path.relative_to(zoo / "A").as_posix() for path in others}
+    assert left == {*OTHERS, "notes.txt", "no-suffix", "gone.csv", "pipe"}
+    unread = {name for name in left if Path(name).suffix.lower() in UNREAD_SUFFIXES}
+    assert unread == {"slide.svs", "camera.NEF", "stack.czi"}
+    names = {path.relative_to(zoo / "A").as_posix() for path in found}
     odd = {*NAMES, *READABLE, *UNREADABLE, "linked.png"}
     assert names == odd | {n for n in names if n.startswith(("plain-", "more-"))}
     assert len(names) == len(odd) + 170

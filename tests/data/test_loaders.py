@@ -51,8 +51,10 @@ def test_the_options_of_a_run(table):
         crop="frame",
         stain=0,
         classes=tuple(sorted(set(table.label))),
+        bits=12,
     )
     dls = config_dls(table, config, cache=False)
+    assert dls.reader.bits == 12
     assert (dls.arch, dls.size, dls.crop, dls.bs) == ("resnet18", 32, "frame", 4)
     names = {type(transform).__name__ for transform in dls.train.after_batch}
     assert "Sharpness" in names and "Stain" not in names

@@ -294,7 +294,7 @@ def test_a_learner_comes_back(learn, table, demo_root, tmp_path):
 
 def test_images_without_a_cell_are_flagged_in_the_results_too(trained, tmp_path):
     """As ``predict`` flags them."""
-    Image.new("RGB", (64, 64), "white").save(tmp_path / "empty.png")
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "empty.png")
     Image.new("RGB", (64, 64), "black").save(tmp_path / "black.png")
     run = Run(shutil.copytree(trained.path, tmp_path / "run"))
     rows = pd.DataFrame({"path": [str(tmp_path / n) for n in ("empty.png", "black.png")]})
@@ -306,7 +306,7 @@ def test_images_without_a_cell_are_flagged_in_the_results_too(trained, tmp_path)
     written = pd.read_csv(run.path / "predictions.csv", keep_default_na=False)
     columns = ["path", "label", "predicted", "confidence", "loss", "photo", "flag"]
     assert list(written)[:7] == columns
-    assert written.flag[-2:].tolist() == ["no cell", "no cell"]
+    assert written.flag[-2:].tolist() == ["no cell", "nearly black"]
     assert set(written.flag[:-2]) <= {"", "unlike training"}
     assert written.photo[-2:].tolist() == ["", ""]
     assert result.metrics["n_known"] == len(written) - 2

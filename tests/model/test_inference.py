@@ -169,9 +169,9 @@ def test_images_unlike_training_are_flagged(trained, paths, tmp_path):
     assert (table.flag[:-1] == "unlike training").mean() < 0.1
 
 
-@pytest.mark.parametrize("empty", ["black", "white", "smear"])
+@pytest.mark.parametrize("empty", ["grey", "smear"])
 def test_images_without_a_white_cell_are_flagged(trained, paths, empty, tmp_path):
-    """The flag comes before any other: what the network saw was no cell."""
+    """The flag comes before any other but those of light: what the network saw was no cell."""
     image = Image.new("RGB", (64, 64), empty if empty != "smear" else (235, 225, 215))
     if empty == "smear":  # red cells alone
         for x in range(6, 64, 18):
@@ -181,6 +181,20 @@ def test_images_without_a_white_cell_are_flagged(trained, paths, empty, tmp_path
     table = predictor([*paths[:5], str(tmp_path / "empty.png")])
     assert table.flag.iloc[-1] == "no cell"
     assert (table.flag == "no cell").sum() == 1
+
+
+@pytest.mark.parametrize("crop", ["cell", "frame"])
+def test_pictures_of_far_too_little_or_too_much_light_are_flagged(trained, paths, crop, tmp_path):
+    """Before any other flag, whatever the crop; and no others of the demo."""
+    cell = np.asarray(Image.open(paths[0]).convert("RGB"), float)
+    kinds = {"black": cell / 16, "dark": cell / 4, "pale": 200 + cell / 8, "white": 247 + cell / 32}
+    for name, pixels in kinds.items():
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{name}.png")
+    predictor = Predictor.load(trained, min_confidence=1.0)
+    predictor.reader.crop = crop
+    flags = predictor([*paths, *(tmp_path / f"{name}.png" for name in kinds)]).flag.tolist()
+    assert [flags[-4], flags[-1]] == ["nearly black", "nearly white"]
+    assert not {*flags[:-4], flags[-3], flags[-2]} & {"nearly black", "nearly white"}
 
 
 def test_turned_images_give_the_same_prediction_with_tta(trained, paths, tmp_path):
