@@ -25,7 +25,7 @@ from typer import Abort
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from .config import Config, flags
+from .config import LABEL_SOURCE, Config, flags
 from .errors import BloodcellError, UsageError, disk_error, printable
 from .files import user_home
 from .reporter import Reporter, SilentReporter
@@ -53,10 +53,9 @@ app = typer.Typer(
 )
 console = PlainConsole(highlight=False, soft_wrap=True)
 errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
-MOST_ROWS = 50  # of a table in the terminal
+MOST_ROWS, MOST_SIZES = 50, 6  # of a table, and of the sizes of images, in the terminal
 INTERRUPTED = 130  # exit code after Ctrl-C
 
-Data = Annotated[str | None, typer.Option("--data", help=Config.model_fields["data"].description)]
 MovedData = Annotated[
     str | None, typer.Option("--data", help="Folder of the run's images, if they have moved.")
 ]
@@ -71,26 +70,30 @@ Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
 _run_option = functools.partial(typer.Option, rich_help_panel="Run")
 
 
-def _takes_config(command: Callable[..., None]) -> Callable[..., None]:
-    """A decorator: the command gets an option for every field of :class:`Config`, and a config
-    made of those that were given in the place of its first argument. The config checks the values,
-    not Typer."""
-    _, *others = inspect.signature(command).parameters.values()
-    context = inspect.Parameter(
-        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-    )
-    parameters = [context, *map(_config_option, Config.model_fields), *others]
+def _takes_config(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command gets an option for each of these fields of :class:`Config`, and a
+    config made of those that were given in the place of its first argument. The config checks the
+    values, not Typer."""
 
-    @functools.wraps(command)
-    def called(context: typer.Context, **values: Any) -> None:
-        options = {name: values.pop(name) for name in Config.model_fields}
-        sources = {name: context.get_parameter_source(name) for name in options}
-        given = [name for name, source in sources.items() if source and source.name != "DEFAULT"]
-        command(Config(**{name: options[name] for name in given}), **values)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        _, *others = inspect.signature(command).parameters.values()
+        context = inspect.Parameter(
+            "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+        )
+        parameters = [context, *map(_config_option, names), *others]
 
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return called
+        @functools.wraps(command)
+        def called(context: typer.Context, **values: Any) -> None:
+            options = {name: values.pop(name) for name in names}
+            sources = {name: context.get_parameter_source(name) for name in options}
+            given = [name for name, found in sources.items() if found and found.name != "DEFAULT"]
+            command(Config(**{name: options[name] for name in given}), **values)
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return decorate
 
 
 def _config_option(name: str) -> inspect.Parameter:
@@ -114,8 +117,9 @@ def _options(
 
 
 @app.command("data")
+@_takes_config("data", *LABEL_SOURCE)
 def describe_data(
-    data: Data = None,
+    config: Config,
     out: Annotated[Path, typer.Option(help="File for the contact sheet.")] = Path(
         "data/contact-sheet.png"
     ),
@@ -134,16 +138,19 @@ def describe_data(
     from .data.datasets import open_dataset
     from .evaluation.figures import contact_sheet, save_figure
 
-    dataset = open_dataset(data, progress=reporter.progress)
+    dataset = open_dataset(config.data or None, progress=reporter.progress, **config.label_source)
     for warning in dataset.warnings:
         reporter.warn(warning)
     reporter.say(f"{dataset.root}: {len(dataset.table):,} images")
+    for line in dataset.describe():
+        reporter.say(line)
     counts = dataset.counts_with_totals.reset_index(allow_duplicates=True)  # of a class "subset"
     _print_table(counts, "Images per subset and class")
-    sizes = ", ".join(f"{w}x{h} ({n:,} images)" for (w, h), n in dataset.sizes.items())
-    reporter.say(f"Sizes: {sizes}")
+    sizes = sorted(dataset.sizes.items(), key=lambda item: -item[1])
+    some = ", ".join(f"{w}x{h} ({n:,} images)" for (w, h), n in sizes[:MOST_SIZES])
+    more = f" and {len(sizes) - MOST_SIZES:,} more" if len(sizes) > MOST_SIZES else ""
+    reporter.say(f"Sizes: {some}{more}")
     reporter.say(f"Images whose photograph is known: {dataset.n_known:,}")
-    reporter.say(f"Original photographs beside them: {len(dataset.originals):,}")
     reporter.say(f"Unreadable files: {len(dataset.unreadable):,}")
     for path, reason in dataset.unreadable.items():
         reporter.say("  " + _one_line(f"{path}: {reason}"))
@@ -152,8 +159,9 @@ def describe_data(
 
 
 @app.command()
+@_takes_config("data", *LABEL_SOURCE)
 def audit(
-    data: Data = None,
+    config: Config,
     out: Annotated[Path, typer.Option(help="Folder for photos.csv, audit.json, figures.")] = Path(
         "audit"
     ),
@@ -170,7 +178,9 @@ def audit(
 
     reporter = TerminalReporter()
     chosen = Run.open(run, runs) if run else None
-    dataset = open_dataset(data, progress=reporter.progress)
+    dataset = open_dataset(config.data or None, progress=reporter.progress, **config.label_source)
+    for line in dataset.describe():
+        reporter.say(line)
     for warning in dataset.warnings:
         reporter.warn(warning)
     result = audit(dataset, rebuild, chosen, reporter.progress)
@@ -180,7 +190,7 @@ def audit(
 
 
 @app.command()
-@_takes_config
+@_takes_config(*Config.model_fields)
 def fit(
     config: Config,
     name: Annotated[str | None, _run_option(help="Name of the run; default: the time.")] = None,
@@ -234,7 +244,9 @@ def _processes() -> Iterator[Reporter]:
 
 
 @app.command()
+@_takes_config(*LABEL_SOURCE)
 def interpret(
+    config: Config,
     run: Annotated[
         str | None, typer.Argument(help="Name or folder of a run; default: the newest.")
     ] = None,
@@ -260,7 +272,11 @@ def interpret(
         raise UsageError("`subset` is a part of `data`, which is missing.", "Give `data`.")
     reporter = TerminalReporter()
     chosen = Run.open(run, runs)
-    dataset = open_dataset(data, progress=reporter.progress) if data else None
+    dataset = None
+    if data:
+        dataset = open_dataset(data, progress=reporter.progress, **config.label_source)
+        for line in dataset.describe():
+            reporter.say(line)
     moved = chosen.moved_to(dataset.root) if dataset and not subset else None
     if dataset and not moved:
         if stress:

@@ -27,6 +27,7 @@ MAX_BATCH_PIXELS = 2**32  # 52 GB as float32 numbers of three channels
 LONGEST_TEXT = 4096  # characters; so long may a path be on Linux
 MOST_ENTRIES = 1000
 
+LABEL_SOURCE = ("classes_from", "labels", "label_column")
 OF_MACHINE = ("data", "workers", "device")  # what may change while a run is trained
 
 Split = Literal["photo", "official", "random"]
@@ -73,14 +74,19 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
-    data: Text = _option(
-        "Data", "", "Zip, folder with a folder per class, or demo; empty: find or download."
+    data: Text = _option("Data", "", "Folder, archive or demo; empty: find or download.")
+    classes_from: Literal["auto", "folder", "parent", "name"] = _option(
+        "Data",
+        "auto",
+        "Class by folder, parent (folder) or (file) name.",
     )
+    labels: Text = _option("Data", "", "Table of labels: CSV, TSV or Excel.")
+    label_column: Text = _option("Data", "", "Its column of classes; empty: found by its name.")
     split: Split = _option(
-        "Data", "photo", "photo (no photograph in both parts), official (the data's own) or random."
+        "Data", "photo", "photo (none in both parts), official (the data's own) or random."
     )
     folds: int = _option(
-        "Data", 0, "Folds of a cross-validation, with split photo; 0: none.", ge=0, le=1000
+        "Data", 0, "Folds of a cross-validation by photograph; 0: none.", ge=0, le=1000
     )
     arch: Text = _option("Model", DEFAULT_ARCH, "Any architecture of timm.")
     weights: Text = _option(
@@ -140,6 +146,11 @@ class Config(BaseModel):
                 f"folds is {self.folds} with split {self.split}; folds are made by photograph.",
                 "Use `split=photo` or leave out `folds`.",
             )
+        if self.labels and self.classes_from != "auto":
+            raise UsageError(
+                f"classes_from is {self.classes_from}, and labels names a table of the classes.",
+                "Leave out `classes_from` or `labels`.",
+            )
         if self.freeze_epochs >= self.epochs:
             raise UsageError(
                 f"freeze_epochs is {self.freeze_epochs}; it must be less than epochs, "
@@ -147,6 +158,11 @@ class Config(BaseModel):
                 "Use more `epochs` or fewer `freeze_epochs`.",
             )
         return self
+
+    @property
+    def label_source(self) -> dict[str, Any]:
+        """The options that say where the labels of the data are."""
+        return {name: getattr(self, name) for name in LABEL_SOURCE}
 
     def changed(self, **changes: Any) -> Self:
         """A copy with other values.
@@ -167,6 +183,7 @@ class ResolvedConfig(Config):
             a file.
         versions: of Python and the libraries.
         warnings: sentences for the top of the report.
+        bits: what the images of 16 bits per sample use of them; None: there are none.
     """
 
     classes: Annotated[tuple[Text, ...], Field(max_length=MOST_ENTRIES)] = ()
@@ -174,6 +191,7 @@ class ResolvedConfig(Config):
     initial_weights: Text = ""
     versions: Annotated[tuple[Text, ...], Field(max_length=MOST_ENTRIES)] = ()
     warnings: Annotated[tuple[Text, ...], Field(max_length=MOST_ENTRIES)] = ()
+    bits: Annotated[int, Field(ge=9, le=16)] | None = None
 
     @field_validator("classes")
     @classmethod

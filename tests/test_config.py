@@ -69,15 +69,24 @@ def test_options_of_a_panel_stand_together():
         ({"zoom": float("inf")}, "zoom is inf: input should be a finite number.", "Change `zoom`"),
         ({"split": "magic"}, "input should be 'photo', 'official' or 'random'.", "Change `split`"),
         ({"crop": "corner"}, "crop is corner: input should be 'cell' or 'frame'.", "`crop`"),
-        ({"data": 3}, "data is 3: input should be a valid string.", "Change `data`: Zip, folder"),
+        (
+            {"data": 3},
+            "data is 3: input should be a valid string.",
+            "Change `data`: Folder, archive",
+        ),
+        (
+            {"labels": "a.csv", "classes_from": "name"},
+            "classes_from is name, and labels names a table of the classes",
+            "Leave out `classes_from` or `labels`",
+        ),
         ({"data": "a\0"}, "input should have at most 4096 characters, none of", "Change `data`: "),
         ({"arch": "x" * 5000}, "x: input should have at most 4096 characters", "Change `arch`"),
         ({"folds": 1}, "folds is 1; it must be 0 or at least 2.", "Change `folds`."),
         ({"folds": 3, "split": "random"}, "folds is 3 with split random", "Use `split=photo`"),
         ({"freeze_epochs": 20}, "freeze_epochs is 20; it must be less than epochs", "`epochs`"),
         ({"bs": 65536, "size": 4096}, "bs is 65536 with size 4096", "Use a smaller `bs`"),
-        ({"batch_size": 3}, "batch_size is not an option.", "Options: data, split,"),
-        ({"caf\udce9": 3}, "caf\udce9 is not an option.", "Options: data, split,"),
+        ({"batch_size": 3}, "batch_size is not an option.", "Options: data, classes_from,"),
+        ({"caf\udce9": 3}, "caf\udce9 is not an option.", "Options: data, classes_from,"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(values, message, hint):

@@ -126,11 +126,17 @@ DATA_ERRORS = [
     (
         "data --data x.zip",
         lambda: text("x.zip", "no"),
-        "is neither a folder nor a zip",
-        "Give a",
+        "is neither a zip nor a tar",
+        "Download it again",
         1,
     ),
-    ("data --data x", lambda: os.mkfifo("x"), "x is neither a folder nor a zip", "Give a zip", 1),
+    (
+        "data --data x",
+        lambda: os.mkfifo("x"),
+        "x is neither a folder nor an archive of images",
+        "Give a zip",
+        1,
+    ),
     (
         "data --data x",
         lambda: (images("x/A", "x/B"), text("x/A/9.png", "no")),
@@ -221,7 +227,7 @@ SPLIT_ERRORS = [
     (
         f"fit --data x {SMALL}",
         lambda: (images("x/A"), images("x/B", n=1)),
-        "Class B has a single photograph, which cannot be on both sides of a split",
+        "Class B has a single photograph or patient, which cannot be on both sides of a split",
         "Add photographs",
         1,
     ),

@@ -1,47 +1,46 @@
-"""From a folder, a zip or a download to the image table."""
+"""From a folder, an archive or a download to the image table."""
 
-import errno
 import os
-import socket
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import Any
 
 import pandas as pd
 
-from ..errors import BloodcellError, DataError, MissingFileError, NoNetworkError
-from ..files import sole_writer
+from ..errors import DataError, MissingFileError, NoNetworkError
+from ..files import LOCK, sole_writer
 from ..reporter import Progress, no_progress
-from .archives import content_key, unpack
+from .archives import SUFFIXES, archive_stem, content_key, holds_images, unpack
+from .arrays import holds_arrays, unpack_arrays
 from .demo import make_demo
+from .download import download_kaggle
 from .duplicates import with_photos
 from .images import (
-    has_image_name,
-    image_size,
+    ImageInfo,
+    bits_used,
+    describe_light,
+    inspect_image,
     is_hidden,
+    is_image,
     is_written,
     list_images,
     refuse_folder,
     why_unreadable,
 )
+from .layouts import LabelSource, describe_left_out, read_layout
+from .layouts.folders import are_one_set, parts_of
 from .splits import count_known
 
-KAGGLE_HANDLE = "paultimothymooney/blood-cells"
-KAGGLE_URL = f"https://www.kaggle.com/datasets/{KAGGLE_HANDLE}"
 KAGGLE_COUNTS = {
     "TRAIN": {"EOSINOPHIL": 2497, "LYMPHOCYTE": 2483, "MONOCYTE": 2478, "NEUTROPHIL": 2499},
     "TEST": {"EOSINOPHIL": 623, "LYMPHOCYTE": 620, "MONOCYTE": 620, "NEUTROPHIL": 624},
     "TEST_SIMPLE": {"EOSINOPHIL": 13, "LYMPHOCYTE": 6, "MONOCYTE": 4, "NEUTROPHIL": 48},
 }
-SUBSET_NAMES = {"train", "training", "valid", "val", "validation", "test", "testing", "test_simple"}
 MAX_UNREADABLE = 0.05  # of all images
-KAGGLE_TIMEOUT = (10, 60)  # seconds to wait for a connection, and for the next bytes
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,13 @@ class Dataset:
         originals: the photographs the images were made from, where the data set has them.
         unreadable: files that look like images and cannot be read, with the reason of each.
         sizes: images per (width, height) in pixels, readable images only.
+        layout: how the files are laid out, one of :data:`~bloodcell_fastai.data.layouts.LAYOUTS`.
+        why: what the layout was recognised by.
+        left_out: files that look like images and were not taken, by the reason.
         warnings: sentences a user must see, such as that the images are drawn.
+        bits: what the images of 16 bits per sample use of them, all together; None: no image has
+            more than 8 bits per sample.
+        label_source: what the user said about the labels.
     """
 
     root: Path
@@ -64,7 +69,25 @@ class Dataset:
     originals: tuple[Path, ...]
     unreadable: dict[Path, str]
     sizes: dict[tuple[int, int], int]
+    layout: str
+    why: str
+    left_out: Mapping[str, Sequence[Path]]
     warnings: tuple[str, ...]
+    bits: int | None = None
+    label_source: LabelSource = field(default_factory=LabelSource)
+
+    def describe(self) -> list[str]:
+        """How the folder was read: the layout, what each subset is for, and what was left out."""
+        lines = [f"Layout   {self.layout}: {self.why}."]
+        uses = {"train": "training", "valid": "validation", "test": "the end"}
+        subsets = pd.Series(sorted(set(self.table.subset)), dtype=str)
+        parts = subsets.groupby(parts_of(subsets)).agg(", ".join)
+        told = [f"{parts[part]} for {use}" for part, use in uses.items() if part in parts]
+        if told:
+            lines.append(f"Subsets  {'; '.join(told)}.")
+        if self.originals:
+            lines.append(f"Beside   {len(self.originals):,} photographs the images were made from.")
+        return lines + describe_left_out(self.left_out, self.root)
 
     @property
     def n_known(self) -> int:
@@ -91,6 +114,7 @@ def open_dataset(
     home: str | Path = "data",
     progress: Progress = no_progress,
     download: Callable[[], Path] | None = None,
+    **label_source: Any,
 ) -> Dataset:
     """Find, unpack or download the data and read its image table.
 
@@ -99,12 +123,15 @@ def open_dataset(
     ships with the package.
 
     Args:
-        source: a zip, a folder, or ``"demo"``; None for the set under ``home`` if there is
-            one, else a download from Kaggle, else, where there is no network at all, the demo
-            with a warning.
+        source: a zip, a tar, an ``.npz`` of MedMNIST, a folder, or ``"demo"``; None for the set
+            under ``home`` if there is one, else a download from Kaggle, else, where there is no
+            network at all, the demo with a warning.
         home: where archives are unpacked and the demo is drawn.
         progress: told how far unpacking and checking have come.
         download: fetches the Kaggle set and returns its folder; kagglehub by default.
+        **label_source: ``classes_from``, ``labels`` and ``label_column``, where the layout is
+            not recognised as it should be; see
+            :class:`~bloodcell_fastai.data.layouts.LabelSource`.
 
     Returns:
         The data set; its ``table`` has a row per readable image.
@@ -127,47 +154,47 @@ def open_dataset(
     """
     home, reason = Path(home), ""
     if source is None:
-        candidates = sorted(home.iterdir()) if home.is_dir() else []
-        source = next(filter(_is_data, candidates), None)
+        source = _find_data(home)
     if source is None:
         try:
             source = (download or download_kaggle)()
         except NoNetworkError as error:
             source, reason = "demo", f" {error.message}"
     if str(source) != "demo":
-        return read_folder(_as_folder(Path(source), home, progress), progress)
+        return read_folder(_as_folder(Path(source), home, progress), progress, **label_source)
     folder = _made_once(home / "demo", make_demo)
-    return read_folder(folder, progress, (f"DEMO DATA: drawn by code, not photographed.{reason}",))
+    drawn = f"DEMO DATA: drawn by code, not photographed.{reason}"
+    return read_folder(folder, progress, (drawn,), **label_source)
 
 
 def read_folder(
-    root: str | Path, progress: Progress = no_progress, warnings: tuple[str, ...] = ()
+    root: str | Path,
+    progress: Progress = no_progress,
+    warnings: tuple[str, ...] = (),
+    **label_source: Any,
 ) -> Dataset:
-    """Read a folder-per-class tree, with or without ``train``/``test`` parents.
+    """Read the images below a folder and their labels, in any of the
+    :data:`~bloodcell_fastai.data.layouts.LAYOUTS`.
 
     Every image is decoded once, so that a truncated one is found now and not in mid-training.
 
     Raises:
-        BloodcellError: no such folder, no images, fewer than two classes, or more than 5 % of
-            the images unreadable.
+        BloodcellError: no such folder, no images, fewer than two classes, a layout that is not
+            clear, or more than 5 % of the images unreadable.
     """
     root = Path(root).resolve()
     if not root.is_dir():
         raise MissingFileError(f"No folder {root}.", "Check `data`.")
-    table = pd.DataFrame(_list_images(root), columns=["path", "label", "subset"])
-    if table.empty:
-        raise DataError(f"No images in {root}.", "It should hold one folder of images per class.")
-    table, repeated = _without_links(table)
+    source = LabelSource(**label_source)
+    reading = read_layout(root, source, _made_in(root))
+    table, repeated = _without_links(reading.table)
+    warnings += reading.warnings
     if repeated:
         warnings += (f"{repeated:,} links to images that are in the set anyway are left out.",)
-    if table.label.nunique() < 2:
-        raise DataError(
-            f"Only one class in {root}: {table.label[0]}.",
-            "Give a folder with one sub-folder per class, two or more.",
-        )
-    sizes = _read_sizes(table.path, progress)
-    readable = sizes.map(lambda found: isinstance(found, tuple))
-    unreadable = dict(zip(table.path[~readable].map(Path), sizes[~readable], strict=True))
+    found = _inspect(table.path, progress)
+    readable = found.map(lambda each: isinstance(each, ImageInfo))
+    unreadable = dict(zip(table.path[~readable].map(Path), found[~readable], strict=True))
+    infos: list[ImageInfo] = found[readable].tolist()
     if len(unreadable) > MAX_UNREADABLE * len(table):
         raise DataError(
             f"{len(unreadable):,} of {len(table):,} images cannot be read, "
@@ -175,14 +202,27 @@ def read_folder(
             "Copy damaged files again, convert or shrink whole ones, or take them out of the data "
             "set.",
         )
+    originals = find_originals(root)
+    left_out = {
+        reason: kept
+        for reason, paths in reading.left_out.items()
+        if (kept := [path for path in paths if path not in originals])
+    }
     table, gaps = with_photos(table[readable].reset_index(drop=True), root)
+    # A patient's images stay together, unless it is known which photograph each is of.
+    table = table.assign(photo=table.photo.where(table.photo != "", table.group))
     return Dataset(
         root=root,
-        table=table,
-        originals=find_originals(root),
+        table=table.drop(columns="group"),
+        originals=originals,
         unreadable=unreadable,
-        sizes=sizes[readable].value_counts().to_dict(),
-        warnings=warnings + gaps + _missing_images(root, table),
+        sizes=dict(Counter((info.width, info.height) for info in infos)),
+        layout=reading.layout,
+        why=reading.why,
+        left_out=left_out,
+        warnings=warnings + describe_light(table.path, infos) + gaps + _missing_images(root, table),
+        bits=bits_used(infos),
+        label_source=source,
     )
 
 
@@ -190,64 +230,55 @@ def find_originals(root: Path) -> tuple[Path, ...]:
     """The photographs in Kaggle's ``JPEGImages`` folder under ``root``, sorted; often none."""
     folders = [root / "dataset-master" / "dataset-master" / "JPEGImages", root / "JPEGImages"]
     folder = next(filter(Path.is_dir, folders), None)
-    return tuple(sorted(filter(has_image_name, folder.iterdir()))) if folder else ()
+    return tuple(sorted(filter(is_image, folder.iterdir()))) if folder else ()
 
 
-def download_kaggle() -> Path:
-    """Download the Kaggle set with kagglehub and return its folder.
+def _find_data(home: Path) -> Path | None:
+    """The data set in ``home``: an archive, a folder, or all of its folders together.
 
     Raises:
-        NoNetworkError: this machine has no network at all.
-        BloodcellError: the download failed in any other way.
+        BloodcellError: there are several.
     """
-    hint = f"Download it from {KAGGLE_URL} by hand and give the zip as `data`, or use `data=demo`."
-    answers: list = []
-    try:
-        import kagglehub  # slow to import, and needed only here
-
-        with _limited_requests(answers):
-            return Path(kagglehub.dataset_download(KAGGLE_HANDLE))
-    except Exception as error:  # kagglehub raises many kinds, also those of its HTTP client
-        if not answers and _no_network(error):
-            raise NoNetworkError("There is no network to download from.", hint) from error
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BloodcellError(f"The download from Kaggle failed ({reason}).", hint) from error
-
-
-@contextmanager
-def _limited_requests(answers: list) -> Iterator[None]:
-    """Collect the answers to HTTP requests, and give those without a time limit
-    :data:`KAGGLE_TIMEOUT`: kagglehub's client sets none and has no option for it."""
-    from requests import Session
-
-    send = Session.send
-
-    def limited(self, request, **options):
-        options["timeout"] = options.get("timeout") or KAGGLE_TIMEOUT
-        answers.append(answer := send(self, request, **options))
-        return answer
-
-    Session.send = limited  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Session.send = send  # type: ignore[method-assign]
+    if not home.is_dir():
+        return None
+    made = _made_in(home)
+    archives = [path for path in sorted(home.iterdir()) if path.is_file() and _is_packed(path)]
+    folders = [
+        path
+        for path in _folders(home)
+        if path not in made and not is_written(path) and list_images(path)
+    ]
+    loose = [path for path in home.iterdir() if is_image(path)]
+    found = [home] if loose or (folders and are_one_set(folders)) else folders
+    # A damaged archive is not to lead to a download, but to an error.
+    candidates = archives + found or [path for path in home.iterdir() if _is_called_archive(path)]
+    if len(candidates) > 1:
+        raise DataError(
+            f"Several data sets are in {home}: {', '.join(path.name for path in candidates)}.",
+            f"Name one: `data={candidates[0]}`.",
+        )
+    return next(iter(candidates), None)
 
 
-def _no_network(error: BaseException | None) -> bool:
-    """Whether the first request failed because no name is resolved or no network is within reach.
+def _made_in(home: Path) -> set[Path]:
+    """The folders in ``home`` that were made there: the demo, and what archives hold."""
+    if not (home / LOCK).is_file():
+        return set()
+    packed = (path for path in home.iterdir() if path.is_file() and _is_packed(path))
+    return {home / "demo", *(_unpacked(path, home) for path in packed)}
 
-    Where a proxy is to be used this says nothing: the network is there, and the proxy is wrong.
-    """
-    if {"https", "all"} & getproxies().keys() and not proxy_bypass(urlsplit(KAGGLE_URL).netloc):
-        return False
-    while error is not None:
-        if isinstance(error, socket.gaierror):
-            return True
-        if isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.ENETDOWN):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+
+def _is_packed(path: Path) -> bool:
+    return holds_images(path) or holds_arrays(path)
+
+
+def _is_called_archive(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _unpacked(archive: Path, home: Path) -> Path:
+    """Where an archive is unpacked."""
+    return home / f"{archive_stem(archive.name)[:100]}-{content_key(archive)}"
 
 
 def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
@@ -255,12 +286,16 @@ def _as_folder(path: Path, home: Path, progress: Progress) -> Path:
         return path
     if not path.exists():
         raise MissingFileError(f"No file or folder {path}.", "Check `data`.")
-    if not _is_zip(path):
-        raise DataError(
-            f"{path} is neither a folder nor a zip.", "Give a zip or a folder with classes."
+    if holds_arrays(path):
+        return _made_once(
+            _unpacked(path, home), lambda folder: unpack_arrays(path, folder, progress)
         )
-    target = home / f"{path.stem[:100]}-{content_key(path)}"
-    return _made_once(target, lambda folder: unpack(path, folder, progress))
+    if not path.is_file() or not (_is_called_archive(path) or holds_images(path)):
+        raise DataError(
+            f"{path} is neither a folder nor an archive of images.",
+            "Give a zip, a tar, or a folder with classes.",
+        )
+    return _made_once(_unpacked(path, home), lambda folder: unpack(path, folder, progress))
 
 
 def _made_once(folder: Path, make: Callable[[Path], object]) -> Path:
@@ -270,29 +305,6 @@ def _made_once(folder: Path, make: Callable[[Path], object]) -> Path:
             if not folder.is_dir():
                 make(folder)
     return folder
-
-
-def _is_data(path: Path) -> bool:
-    if path.name.startswith(".") or path.name == "demo":
-        return False
-    return bool(_list_images(path)) if path.is_dir() else _is_zip(path)
-
-
-def _is_zip(path: Path) -> bool:
-    return path.is_file() and zipfile.is_zipfile(path)
-
-
-def _list_images(root: Path) -> list[tuple[str, str, str]]:
-    """(path, label, subset) of every file below ``root`` that looks like an image, sorted."""
-    root = _class_root(root)
-    subsets = [folder for folder in _folders(root) if folder.name.lower() in SUBSET_NAMES]
-    return [
-        (str(path), label.name, folder.name if subsets else "")
-        for folder in subsets or [root]
-        for label in _folders(folder)
-        if not is_written(label)
-        for path in list_images(label)
-    ]
 
 
 def _without_links(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
@@ -323,17 +335,6 @@ def _without_links(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return kept.drop(columns="file").reset_index(drop=True), len(table) - len(kept)
 
 
-def _class_root(root: Path) -> Path:
-    """Follow Kaggle's nesting, or folders that hold nothing but one other folder."""
-    for nested in ("dataset2-master/dataset2-master/images", "dataset2-master/images", "images"):
-        if (root / nested).is_dir():
-            return root / nested
-    inside = _folders(root)
-    if len(inside) == 1 and not inside[0].is_symlink() and _folders(inside[0]):
-        return _class_root(inside[0])
-    return root
-
-
 def _folders(root: Path) -> list[Path]:
     try:
         return sorted(f for f in root.iterdir() if f.is_dir() and not is_hidden(f.name))
@@ -341,19 +342,19 @@ def _folders(root: Path) -> list[Path]:
         refuse_folder(error)
 
 
-def _read_sizes(paths: Sequence[str], progress: Progress) -> pd.Series:
-    """The (width, height) of each image, or the reason why it cannot be read."""
+def _inspect(paths: Sequence[str], progress: Progress) -> pd.Series:
+    """The :class:`ImageInfo` of each image, or the reason why it cannot be read."""
     found = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for size in pool.map(_try_size, paths):
-            found.append(size)
+        for info in pool.map(_try_inspect, paths):
+            found.append(info)
             progress("Checking images", len(found), len(paths))
     return pd.Series(found, dtype=object)
 
 
-def _try_size(path: str) -> tuple[int, int] | str:
+def _try_inspect(path: str) -> ImageInfo | str:
     try:
-        return image_size(path)
+        return inspect_image(path)
     except OSError as error:
         return why_unreadable(path, error)
 

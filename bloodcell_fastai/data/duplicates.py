@@ -44,8 +44,9 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from ..errors import BloodcellError, DataError
-from ..files import atomic_path, read_table, require_columns, spellings
+from ..files import atomic_path, read_table, require_columns
 from .images import open_image
+from .listed import ImageIndex
 
 Progress = Callable[[int, int, str], None]
 _Parallel = Callable[[Callable, Sequence, str], Iterator]
@@ -214,9 +215,7 @@ def with_photos(table: pd.DataFrame, root: Path) -> tuple[pd.DataFrame, tuple[st
     ``photo``), or if the images are those of Kaggle's set. ``photo`` is empty where the photograph
     is not known.
 
-    A path in ``photos.csv`` is relative to ``root``. It may also begin with the name of that
-    folder, or with folders above it, and a name without folders will do where one image alone has
-    it. Blanks and quotes around a path, and backslashes in it, do no harm.
+    How ``photos.csv`` may call an image: see :class:`~bloodcell_fastai.data.listed.ImageIndex`.
 
     Returns:
         The table, and a warning if ``photos.csv`` does not tell the photograph of every image.
@@ -239,14 +238,11 @@ def _read_photos(listed: Path, paths: pd.Series) -> tuple[dict[str, str], tuple[
     hint = "Make it anew with bloodcell audit, or remove it."
     table = read_table(listed, [], hint=hint).rename(columns=str.strip)
     require_columns(listed, table, ["path", "photo"], hint)
-    names = paths.map(os.path.basename)
-    unique = ~names.duplicated(keep=False)
-    images = dict(zip(names[unique], paths[unique], strict=True)) | {path: path for path in paths}
+    images = ImageIndex(list(paths), listed.parent)
     line_of: dict[str, str] = {}
     photo_of, unmatched = {}, []
     for line, photo in zip(table["path"], table["photo"].str.strip(), strict=True):
-        readings = _readings(line, listed.parent)
-        path = next((images[reading] for reading in readings if reading in images), None)
+        path = images.find(line)
         if first := line_of.get(path or line):
             raise DataError(f"{listed} holds a path twice: {first!r} and {line!r}.", hint)
         line_of[path or line] = line
@@ -261,13 +257,6 @@ def _read_photos(listed: Path, paths: pd.Series) -> tuple[dict[str, str], tuple[
         gaps += f"; {len(unmatched):,} of its lines match no image, such as {unmatched[0]!r}"
     hint = "Its paths are relative to its folder; bloodcell audit makes it anew."
     return photo_of, (f"{gaps}. {hint}",)
-
-
-def _readings(line: str, root: Path) -> list[str]:
-    """What a path in ``photos.csv`` may mean, see :func:`with_photos`: paths, then a name."""
-    *_, plain = spelt = spellings(line)
-    below = f"/{plain}".rpartition(f"/{root.name}/")[2]
-    return [*(str(root / path) for path in (*spelt, below)), plain]
 
 
 def match_pair(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray]:

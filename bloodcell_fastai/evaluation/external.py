@@ -4,7 +4,7 @@ Scoring on data from elsewhere is what CLAIM 2024 calls external testing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pandas as pd
 from ..data.class_names import ClassMatch, match_classes
 from ..data.datasets import Dataset, describe_unreadable
 from ..data.duplicates import digest, known_photos
+from ..data.layouts import LabelSource
 from ..data.splits import photo_groups
 from ..errors import BloodcellError, DataError
 from ..model.runs import Run
@@ -39,6 +40,8 @@ class External:
         validated: images of ``table`` that the run was validated on.
         unchecked: training images that are gone, which may be in ``table``.
         warnings: what the user must know about the data set.
+        bits: what its images of 16 bits per sample use of them; None: there are none.
+        label_source: what the user said about its labels.
     """
 
     root: Path
@@ -50,6 +53,8 @@ class External:
     validated: int
     unchecked: int
     warnings: tuple[str, ...]
+    bits: int | None
+    label_source: LabelSource = field(default_factory=LabelSource)
 
     @property
     def name(self) -> str:
@@ -90,7 +95,10 @@ def open_external(run: Run, dataset: Dataset, subset: str | None = None) -> Exte
     if unreadable := dataset.unreadable:
         some = describe_unreadable(unreadable)
         warnings += (f"{len(unreadable):,} unreadable images are left out, such as {some}.",)
-    return _choose(run, dataset.root, dataset.table, chosen, subset or "", warnings)
+    external = _choose(
+        run, dataset.root, dataset.table, chosen, subset or "", warnings, dataset.bits
+    )
+    return replace(external, label_source=dataset.label_source)
 
 
 def open_test(run: Run) -> External:
@@ -104,7 +112,8 @@ def open_test(run: Run) -> External:
     """
     table = run.table
     chosen = table.part == "test"
-    return _choose(run, run.root, table, chosen, table.subset[chosen].iloc[0], ())
+    names = " + ".join(sorted(set(table.subset[chosen])))  # such as TestA and TestB
+    return _choose(run, run.root, table, chosen, names, (), run.config.bits)
 
 
 def _choose(
@@ -114,6 +123,7 @@ def _choose(
     chosen: pd.Series,
     subset: str,
     warnings: tuple[str, ...],
+    bits: int | None,
 ) -> External:
     """The ``chosen`` images of a table that the model can be tried on."""
     parts = run.table
@@ -152,6 +162,7 @@ def _choose(
         validated=int(validated[kept].sum()),
         unchecked=sum(not Path(path).is_file() for path in training),
         warnings=warnings,
+        bits=bits,
     )
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from ..config import Config, ResolvedConfig, fit_command
+from ..config import Config, ResolvedConfig, fit_command, flags
 from ..data.cache import PictureBatch
 from ..data.images import open_image
 from ..data.splits import SPLIT_DESCRIPTIONS, count_known, describe_leakage, photo_groups
@@ -145,7 +145,11 @@ def interpret_command(run: Run, external: External) -> str:
     parent = Run(run.path.parent)
     name = f"{parent.name}/{run.name}" if parent.started else run.name  # of a fold
     words = ["bloodcell", "interpret", name, "--data", str(external.root)]
-    return shlex.join(words + (["--subset", external.subset] if external.subset else []))
+    options = {"subset": external.subset} | vars(external.label_source)
+    for option, value in options.items():
+        if value and value != "auto":
+            words += [*flags(option), value]
+    return shlex.join(words)
 
 
 def fingerprint(table: pd.DataFrame) -> str:

@@ -6,13 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from fastai.vision.all import Learner
 
 from ..config import Config, ResolvedConfig, check_resumed, fit_command
+from ..data.cache import ImageReader
 from ..data.datasets import describe_unreadable, open_dataset
 from ..data.splits import (
     count_known,
+    describe_gaps,
     describe_leakage,
     kept_split,
     leakage,
@@ -26,6 +29,8 @@ from ..model.runs import Run, newest_unfinished
 from ..reporter import Reporter, duration
 from .calibrate import calibrate
 from .fit import estimate_seconds, fit, make_learner, phases, resolve
+
+LOOKED_AT = 40  # images in which a white cell is searched for before the training
 
 
 def train(
@@ -62,6 +67,9 @@ def train(
     reporter = reporter or Reporter()
     resolved, table = prepare(config, reporter)
     table = split_table(table, resolved.split, resolved.seed)
+    for gap in (gaps := describe_gaps(table)):
+        reporter.warn(gap)
+    resolved = resolved.changed(warnings=(*resolved.warnings, *gaps))
     return train_table(config, resolved, table, Run.create(root, name), dry_run, reporter)
 
 
@@ -71,8 +79,13 @@ def prepare(config: Config, reporter: Reporter) -> tuple[ResolvedConfig, pd.Data
     Returns:
         The config with the folder found and the split that is used, and the image table.
     """
-    dataset = open_dataset(config.data or None, progress=reporter.progress)
-    for warning in dataset.warnings:
+    dataset = open_dataset(config.data or None, progress=reporter.progress, **config.label_source)
+    for line in dataset.describe():
+        reporter.say(line)
+    warnings = dataset.warnings
+    if config.crop == "cell":
+        warnings += _describe_cells(dataset.table.path, dataset.bits)
+    for warning in warnings:
         reporter.warn(warning)
     if unreadable := dataset.unreadable:
         some = describe_unreadable(unreadable)
@@ -81,8 +94,28 @@ def prepare(config: Config, reporter: Reporter) -> tuple[ResolvedConfig, pd.Data
     split = config.split if config.folds else kept_split(dataset.table, config.split)
     if split != config.split:
         reporter.say(f"The data set has a split of its own, which is used: {split}.")
-    found = {"data": str(dataset.root), "split": split, "warnings": dataset.warnings}
+    found = {
+        "data": str(dataset.root),
+        "split": split,
+        "warnings": warnings,
+        "bits": dataset.bits,
+    }
     return ResolvedConfig(**(config.model_dump() | found)), dataset.table
+
+
+def _describe_cells(paths: pd.Series, bits: int | None) -> tuple[str, ...]:
+    """A warning where the crop ``cell`` finds no white cell in more than half of some images, which
+    are spread over ``paths``."""
+    rows = np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).astype(int)
+    pictures = ImageReader(32, bits=bits).read(paths.iloc[rows].tolist())
+    without = np.flatnonzero(~pictures.has_cell)
+    if len(without) <= len(pictures) / 2:
+        return ()
+    return (
+        f"No white cell is found in {len(without)} of {len(pictures)} images looked at, such as "
+        f"{pictures.paths[without[0]]}: the middle of each is used. `crop=frame` uses whole "
+        "images.",
+    )
 
 
 def train_table(
@@ -224,6 +257,9 @@ def describe_plan(run: Run, table: pd.DataFrame, learn: Learner, timed: bool) ->
             f"Test     {images['test'].sum():,} images of the data's own test folder neither train "
             "nor choose the best epoch: bloodcell interpret scores them at the end"
         )
+    if len(unused := table[table.part == ""]):
+        folders = ", ".join(sorted(set(unused.subset) - {""})) or "other folders"
+        lines.append(f"Unused   {len(unused):,} images of {folders}")
     if n_known:
         photos = photo_groups(used).groupby(used.part).nunique()
         lines.append(f"Photos   {photos['train']:,} train, {photos['valid']:,} validate")

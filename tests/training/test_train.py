@@ -1,3 +1,4 @@
+import re
 import shutil
 import warnings
 
@@ -132,6 +133,7 @@ def test_the_plan_says_what_will_be_done(demo_root, tmp_path, capsys):
     plan = capsys.readouterr().out
     assert "Leakage  none: no validation image has a copy of its photograph in training" in plan
     assert "Model    test_resnet from random weights at 32 px on cpu" in plan
+    assert re.search(r"Unused   \d+ images of TEST_SIMPLE$", plan, re.MULTILINE)
     assert "Steps    1 of " in plan
     assert "batches of 1000 would be larger than the training part" in plan
     assert "Time     about " in plan
