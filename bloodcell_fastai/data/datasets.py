@@ -131,7 +131,7 @@ def open_dataset(
         download: fetches the Kaggle set and returns its folder; kagglehub by default.
         **label_source: ``classes_from``, ``labels`` and ``label_column``, where the layout is
             not recognised as it should be; see
-            :class:`~bloodcell_fastai.data.layouts.LabelSource`.
+            :class:`~bloodcell_fastai.data.layouts.files.LabelSource`.
 
     Returns:
         The data set; its ``table`` has a row per readable image.

@@ -102,7 +102,7 @@ class Reading:
     """What a reader found.
 
     Attributes:
-        layout: its name, one of :data:`LAYOUTS`.
+        layout: its name, one of :data:`~bloodcell_fastai.data.layouts.LAYOUTS`.
         why: what it was recognised by, a sentence.
         table: a row per labelled image: ``path``, ``label``, ``subset`` (empty: none) and
             ``group``, the patient or slide as far as folders or a table tell it.

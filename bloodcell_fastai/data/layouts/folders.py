@@ -24,13 +24,10 @@ PATIENTS = {
     *("individual", "slide", "smear", "film", "specimen", "sample", "session", "visit"),
     *("day", "date", "fold", "animal", "paciente", "paziente"),
 }
-
 SOURCES = {
     *("batch", "camera", "center", "centre", "clinic", "hospital", "lab", "laboratory", "machine"),
     *("microscope", "part", "scanner", "site"),
 }
-
-
 VERSIONS = {
     *("original", "originals", "raw", "crop", "crops", "cropped", "resized", "segmented"),
     *("processed", "preprocessed", "normalized", "normalised", "enhanced", "grayscale"),
@@ -41,7 +38,7 @@ AUGMENTED_NAME = r"(?i)[_\-. ]+(?:aug|augmented|flip|hflip|vflip|rot|rotated)[^/
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """What the names of the folders above an image say.
 
     Attributes:
@@ -60,7 +57,7 @@ class _Place:
 
 
 @lru_cache(maxsize=100_000)
-def place_of(folders: tuple[str, ...]) -> _Place:
+def place_of(folders: tuple[str, ...]) -> Place:
     """What the names of folders say, from the outermost to the innermost."""
     subsets = [name for name in folders if _is_subset(name)]
     others = [name for name in folders if name not in subsets]
@@ -73,7 +70,7 @@ def place_of(folders: tuple[str, ...]) -> _Place:
     subset, group, version = (
         next(iter(each), "") for each in (subsets + sources, groups, versions)
     )
-    return _Place(subset, group, version, tuple(unversioned or names))
+    return Place(subset, group, version, tuple(unversioned or names))
 
 
 def _is_subset(name: str) -> bool:
@@ -145,7 +142,7 @@ class _Level:
 
 
 def _levels(
-    places: Mapping[tuple[str, ...], _Place], source: LabelSource, root: Path
+    places: Mapping[tuple[str, ...], Place], source: LabelSource, root: Path
 ) -> dict[tuple[str, ...], _Level]:
     """What each folder with images means."""
     if source.classes_from in ("folder", "parent"):
@@ -185,7 +182,7 @@ def are_one_set(folders: Sequence[Path]) -> bool:
     return all(any(map(is_image, folder.iterdir())) for folder in folders)
 
 
-def _level_at(folders: tuple[str, ...], at: int, place: _Place) -> _Level:
+def _level_at(folders: tuple[str, ...], at: int, place: Place) -> _Level:
     if len(folders) < -at:
         return _Level(reason="not deep enough in folders")
     label = folders[at]

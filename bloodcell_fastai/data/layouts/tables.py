@@ -41,11 +41,12 @@ LARGEST_TABLE = 2**26  # bytes, of one that nobody named
 MOST_CLASSES = 100  # in a column that nobody named
 
 
-class _Labels(NamedTuple):
+class Labels(NamedTuple):
     """What a table says.
 
     Attributes:
-        table: see :class:`Reading`; ``label`` is empty where the table gives none or several.
+        table: see :class:`~bloodcell_fastai.data.layouts.files.Reading`; ``label`` is empty where
+            the table gives none or several.
         unmatched: lines that match no image.
         columns: the columns of files and of labels.
     """
@@ -95,7 +96,7 @@ def read_label_table(files: Files, source: LabelSource) -> Reading | None:
     )
 
 
-def label_tables(files: Files, source: LabelSource) -> dict[str, _Labels]:
+def label_tables(files: Files, source: LabelSource) -> dict[str, Labels]:
     """What the tables of labels say, by their paths from the folder on."""
     if source.labels:
         named = Path(source.labels)
@@ -147,7 +148,7 @@ def may_hold_labels(path: Path) -> bool:
     )
 
 
-def _labels_in(path: Path, files: Files, source: LabelSource) -> _Labels | None:
+def _labels_in(path: Path, files: Files, source: LabelSource) -> Labels | None:
     """The labels in a table; None for one that nobody named and that holds none.
 
     Raises:
@@ -202,7 +203,7 @@ def _labels_in(path: Path, files: Files, source: LabelSource) -> _Labels | None:
     )
     matched = listed.path.notna()
     unmatched = list(table[file_column][~matched])
-    return _Labels(listed[matched], unmatched, (file_column, label_column))
+    return Labels(listed[matched], unmatched, (file_column, label_column))
 
 
 def _read_table(path: Path) -> pd.DataFrame:
