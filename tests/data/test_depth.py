@@ -384,6 +384,7 @@ def on_twins(twins, trained, tmp_path) -> list[tuple[Run, Dataset]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_is_interpreted_at_the_depth_of_its_data_set(on_twins):
     deep, plain = (interpret_run(run).predictions for run, _ in on_twins)
     assert [open_test(run).bits for run, _ in on_twins] == [12, None]
@@ -392,6 +393,7 @@ def test_a_run_is_interpreted_at_the_depth_of_its_data_set(on_twins):
         assert table.flag[table.path.str.contains("dim")].tolist() == ["nearly black"]
 
 
+@pytest.mark.slow
 def test_another_data_set_is_scored_at_its_own_depth(on_twins, trained):
     (_, deep), (_, plain) = on_twins
     run = Run(on_twins[1][0].path)  # its own images are of 8 bits

@@ -236,7 +236,7 @@ def medmnist(root: Path) -> Turned:
         labels = [classes.index(photo.label) for photo in photos]
         arrays[f"{part}_labels"] = np.array(labels, np.uint8)[:, None]
         rows += [
-            (digest(pixels), photo.label, part, "")
+            (digest(pixels), photo.label.replace("ig", "immature granulocytes"), part, "")
             for pixels, photo in zip(small, photos, strict=True)
         ]
     root.mkdir()
