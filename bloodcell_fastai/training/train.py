@@ -59,6 +59,7 @@ def train(
         >>> from bloodcell_fastai import Config, train
         >>> config = Config(data="demo", arch="resnet18", weights="none", size=64, bs=16, epochs=1)
         >>> run = train(config, name="first")  # doctest: +ELLIPSIS
+        Layout   subset folders: ...
         Run      runs/first
         ...
         >>> run.has_model, len(run.history)
