@@ -737,5 +737,7 @@ def test_the_docs_list_the_layouts_and_the_public_sets():
     assert set(rows) == {*TWINS, *REFUSED}
     assert public_sets_table() in text
     names = {layout.name for layout in LAYOUTS}
+    without = [layout.name for layout in LAYOUTS if not layout.public_sets]
+    assert without == ["sets side by side"]  # laboratories make these, no public set is one
     assert {known.layout for known in PUBLIC_SETS} <= names
     assert {twin.layout for twin in TWINS.values()} | {"boxes", "arrays"} == names
